@@ -1,0 +1,58 @@
+# `make demo` and `make test` do everything on a fresh machine: they build .venv, install into it, and run.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+INSTALLING := $(VENV)/.installing
+INSTALLED := $(VENV)/.installed
+PYTEST := $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help venv lint format test test-all demo clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED) ## build .venv and install the project into it, editable, with all tools
+
+# `.installing` stays behind only when an install was cut short; such a .venv cannot be trusted and is built anew.
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "'$(PYTHON)' is not Python 3.10 or newer; name one that is: make PYTHON=python3.12 ..."; exit 1; }
+	@if [[ -e $(INSTALLING) ]] || ! $(PY) -m pip --version >/dev/null 2>&1; then \
+		echo "creating $(VENV)"; \
+		$(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@echo "installing vision-remember and its tools into $(VENV); the first time takes some minutes"
+	@trap 'exit 130' INT TERM; \
+	touch $(INSTALLING); \
+	$(PY) -m pip install -qq --constraint $(CONSTRAINTS) --editable '.[dev]' || { rm -f $(INSTALLING); exit 1; }; \
+	touch $(INSTALLED); \
+	rm -f $(INSTALLING)
+
+lint: venv ## ruff (rules and format) and strict mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: venv ## sort imports, mend what ruff can mend, format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+test: venv ## the tests, without those marked slow
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-all: venv ## all tests
+	$(PYTEST) -m "" $(PYTEST_ARGS)
+
+demo: venv ## train and compare on rendered pages
+	$(PY) -m examples.demo
+
+clean: ## remove .venv, caches and build outputs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

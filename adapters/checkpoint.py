@@ -1,0 +1,174 @@
+"""The adapter folder: ``adapter_config.json``, ``adapter_model.safetensors`` and a model card. Never a pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vision_remember.adapters.attachment import Attachment
+from vision_remember.adapters.model_card import model_card
+from vision_remember.adapters.resolve import HostParts, model_type_of
+from vision_remember.adapters.spec import MLLMSpec
+from vision_remember.config import VisionRememberConfig
+from vision_remember.projectors import Projector, projector_name
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_CARD_FILE = "README.md"
+_FORMAT = "vision-remember"
+_FORMAT_VERSION = 1
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What an adapter folder holds.
+
+    Attributes:
+        config: the blocks' configuration.
+        spec: the host's names.
+        base: what the adapter was trained on, see :func:`describe_base`.
+        projector: name and options of the swapped projector; None if the host's own was kept.
+        tensors: weights by name, "vision_remember.<layer>.<name>" and "projector.<name>".
+    """
+
+    config: VisionRememberConfig
+    spec: MLLMSpec
+    base: dict[str, Any]
+    projector: dict[str, Any] | None
+    tensors: dict[str, Tensor]
+
+
+def adapter_modules(attachment: Attachment, projector: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose weights an adapter holds, by their prefix."""
+    modules = {f"vision_remember.{index}": block for index, block in attachment.blocks().items()}
+    return {**modules, "projector": projector} if isinstance(projector, Projector) else modules
+
+
+def describe_base(parts: HostParts) -> dict[str, Any]:
+    """The properties of a host that an adapter depends on."""
+    config: Any = parts.model.config
+    return {
+        "class": type(parts.model).__name__,
+        "encoder": model_type_of(parts.encoder),
+        "feature_grid": list(parts.feature_grid),
+        "decoder": model_type_of(parts.decoder),
+        "decoder_layers": len(parts.layers),
+        "hidden_size": parts.hidden_size,
+        "name_or_path": getattr(config, "_name_or_path", "") or None,
+    }
+
+
+def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.PathLike[str]) -> None:
+    """Writes an adapter folder; files are written aside and then renamed, so that none is ever half there."""
+    projector = parts.projector
+    swapped = {"name": projector_name(projector), **projector.options()} if isinstance(projector, Projector) else None
+    description = {
+        "format": _FORMAT,
+        "format_version": _FORMAT_VERSION,
+        "base": describe_base(parts),
+        "config": attachment.config.to_dict(),
+        "projector": swapped,
+        "spec": attachment.spec.to_dict(),
+    }
+    tensors = {
+        f"{prefix}.{name}": tensor.detach().cpu().contiguous()
+        for prefix, module in adapter_modules(attachment, projector).items()
+        for name, tensor in module.state_dict().items()
+    }
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as aside:
+        (Path(aside) / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        (Path(aside) / _CARD_FILE).write_text(model_card(description, tensors))
+        save_file(tensors, Path(aside) / WEIGHTS_FILE, metadata={"format": "pt"})
+        for name in (WEIGHTS_FILE, _CARD_FILE, CONFIG_FILE):
+            os.replace(Path(aside) / name, target / name)
+
+
+def read_adapter(folder: Path) -> SavedAdapter:
+    """Reads an adapter folder, without any model.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, a pickle, or not of this format.
+    """
+    config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: not an adapter folder")
+    if not weights_file.is_file():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        if pickles:
+            raise ValueError(f"{folder} holds {pickles}: pickles are never loaded, expected {WEIGHTS_FILE}")
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}")
+    try:
+        data = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{config_file} is not JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise ValueError(f"{config_file} does not describe a {_FORMAT} adapter")
+    if data.get("format_version") != _FORMAT_VERSION:
+        raise ValueError(
+            f"{config_file} has format_version {data.get('format_version')!r}; this release reads {_FORMAT_VERSION}"
+        )
+    missing = [key for key in ("base", "config", "spec") if not isinstance(data.get(key), dict)]
+    if missing:
+        raise ValueError(f"{config_file} lacks {missing}")
+    return SavedAdapter(
+        config=VisionRememberConfig.from_dict(data["config"]),
+        spec=MLLMSpec.from_dict(data["spec"]),
+        base=data["base"],
+        projector=data.get("projector"),
+        tensors=_read_tensors(weights_file),
+    )
+
+
+def check_base(saved: SavedAdapter, parts: HostParts) -> None:
+    """Raises ValueError, naming every difference, if the adapter was made for another kind of model."""
+    actual = describe_base(parts)
+    different = [
+        f"{key}: the adapter expects {saved.base.get(key)!r}, this model has {actual[key]!r}"
+        for key in actual
+        # The same weights go by many names.
+        if key != "name_or_path" and saved.base.get(key) != actual[key]
+    ]
+    if different:
+        raise ValueError(f"the adapter belongs to another base model; {'; '.join(different)}")
+
+
+def copy_weights(saved: SavedAdapter, modules: dict[str, nn.Module]) -> None:
+    """Copies an adapter's weights into ``modules``, all of them or none.
+
+    Raises:
+        ValueError: missing, extra or misshapen tensors; the message names them.
+    """
+    targets = {f"{prefix}.{n}": t for prefix, module in modules.items() for n, t in module.state_dict().items()}
+    problems = [f"missing {name}" for name in targets if name not in saved.tensors]
+    problems += [f"unexpected {name}" for name in saved.tensors if name not in targets]
+    problems += [
+        f"{name} has shape {tuple(saved.tensors[name].shape)}, expected {tuple(target.shape)}"
+        for name, target in targets.items()
+        if name in saved.tensors and saved.tensors[name].shape != target.shape
+    ]
+    if problems:
+        raise ValueError(f"the adapter's weights do not fit: {'; '.join(problems)}")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(saved.tensors[name])
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is no readable safetensors file (truncated, or a pickle?): {error}") from error

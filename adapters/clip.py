@@ -1,0 +1,16 @@
+"""CLIP's vision tower: a CLS token in front of the patches."""
+
+from vision_remember.encoder import EncoderSpec
+
+CLIP = EncoderSpec(
+    name="clip",
+    classes=("CLIPVisionModel",),
+    layers="encoder.layers",
+    patch_embedding="embeddings.patch_embedding",
+    prefix_tokens=1,
+    has_cls=True,
+    norm="layer_norm1",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    num_heads="self_attn.num_heads",
+)

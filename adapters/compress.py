@@ -1,0 +1,154 @@
+"""Swaps a host's projector for one that makes fewer tokens, and tells the processor."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from vision_remember.adapters.attachment import find_attachment
+from vision_remember.adapters.processor import PlaceholderCount, count_placeholders
+from vision_remember.adapters.resolve import HostParts, resolve
+from vision_remember.adapters.spec import MLLMSpec
+from vision_remember.encoder import find_module
+from vision_remember.grid import Grid
+from vision_remember.projectors import Projector, build_projector
+
+
+class CompressionHandle:
+    """A swapped projector.
+
+    Attributes:
+        projector: the new one.
+        token_grid: (h, w) of an image's tokens.
+    """
+
+    def __init__(self, parts: HostParts, projector: Projector, processor: Any) -> None:
+        self.projector = projector
+        self.token_grid = projector.out_grid(parts.feature_grid)
+        self._model, self._path = parts.model, parts.spec.projector
+        self._original = parts.projector
+        self._processor = processor
+        self._count = None if processor is None else PlaceholderCount.read(processor)
+
+    def install(self) -> None:
+        """Puts the projector and the processor's count in place: both, or neither if anything fails."""
+        h, w = self.token_grid
+        try:
+            _replace(self._model, self._path, self.projector)
+            if self._count is not None:
+                PlaceholderCount.for_tokens(h * w, self._processor).write(self._processor)
+                made = count_placeholders(self._processor)
+                if made != h * w:
+                    raise ValueError(f"the processor emits {made} image tokens, the projector {h * w}")
+        except BaseException:
+            self._undo()
+            raise
+
+    def restore(self) -> None:
+        """Puts back the model's own projector, with the weights that it had, and the processor's count.
+
+        Raises:
+            RuntimeError: Vision Remember is attached, or the projector is no longer the one that was swapped in.
+        """
+        if find_attachment(self._model) is not None:
+            raise RuntimeError("Vision Remember is attached on top of this projector; detach it first")
+        if find_module(self._model, self._path, "projector") is not self.projector:
+            raise RuntimeError("the projector was restored already, or replaced by another")
+        self._undo()
+
+    def _undo(self) -> None:
+        _replace(self._model, self._path, self._original)
+        if self._count is not None:
+            self._count.write(self._processor)
+
+    def __repr__(self) -> str:
+        h, w = self.token_grid
+        return f"{type(self.projector).__name__}: {h}x{w} = {h * w} tokens per image"
+
+
+def compress_projector(
+    model: nn.Module,
+    processor: Any,
+    name: str,
+    *,
+    ratio: int | None = None,
+    out_grid: Grid | None = None,
+    spec: MLLMSpec | None = None,
+    **options: Any,
+) -> CompressionHandle:
+    """Swaps the projector of a multimodal model for one that makes fewer vision tokens, in place.
+
+    Weights of the model's own projector are copied where names and shapes agree, so that compressing LLaVA with
+    "adaptive_avg_pool" keeps what its MLP learned and changes no parameter's name.
+
+    Args:
+        model: a multimodal model of transformers.
+        processor: its processor, which then emits the matching number of image placeholders; None if you see to that.
+        name: an entry of ``PROJECTORS``.
+        ratio: cells per token, a square: 4 makes 24x24 into 12x12.
+        out_grid: (h, w) of the tokens instead of a ratio.
+        spec: the host's names, for a model that is not in the tables.
+        **options: further options of the projector.
+
+    Returns:
+        A handle whose ``restore()`` undoes everything.
+
+    Raises:
+        ValueError: an unknown host, projector or option, an impossible grid, or a processor that does not belong to the
+            model. Model and processor are then as they were.
+        RuntimeError: the projector is swapped already, or Vision Remember is attached on top of it.
+    """
+    if find_attachment(model) is not None:
+        raise RuntimeError("compress the projector first, then attach Vision Remember: it reads the token grid")
+    if (ratio is None) == (out_grid is None):
+        raise ValueError(f"ratio={ratio}, out_grid={out_grid}: expected exactly one of the two")
+    parts = resolve(model, spec)
+    if isinstance(parts.projector, Projector):
+        raise RuntimeError("the projector is compressed already; restore() it first")
+    if processor is not None:
+        _check_processor(parts, processor)
+    handle = CompressionHandle(parts, _build(parts, name, ratio, out_grid, options), processor)
+    handle.install()
+    return handle
+
+
+def _build(parts: HostParts, name: str, ratio: int | None, out_grid: Grid | None, options: dict[str, Any]) -> Projector:
+    original = parts.projector
+    weights = dict(original.named_parameters())
+    if not weights:
+        raise ValueError(f"{type(original).__name__} has no parameters to tell the features' width from")
+    like = next(iter(weights.values()))
+    in_dim = _feature_width(parts)
+    projector = build_projector(name, in_dim, parts.hidden_size, ratio=ratio, out_grid=out_grid, **options)
+    projector.out_grid(parts.feature_grid)  # its error, if any, before anything changes
+    own = projector.state_dict()
+    kept = {key: value for key, value in original.state_dict().items() if key in own and own[key].shape == value.shape}
+    projector.load_state_dict(copy.deepcopy(kept), strict=False)
+    projector.to(like.device, like.dtype).train(original.training)
+    for key, parameter in projector.named_parameters():
+        parameter.requires_grad_(weights[key].requires_grad if key in kept else True)
+    return projector
+
+
+def _feature_width(parts: HostParts) -> int:
+    """C, width of what the projector is given: several encoder layers joined count once each."""
+    patches: Any = find_module(parts.encoder, parts.encoder_spec.patch_embedding, "patch embedding")
+    layer = getattr(parts.model.config, "vision_feature_layer", -1)
+    return patches.out_channels * (1 if isinstance(layer, int) else len(layer))
+
+
+def _check_processor(parts: HostParts, processor: Any) -> None:
+    made = count_placeholders(processor)
+    expected = parts.feature_grid[0] * parts.feature_grid[1]
+    if made != expected:
+        raise ValueError(
+            f"{type(processor).__name__} emits {made} image tokens per image, but the model's projector makes "
+            f"{expected} ({parts.feature_grid[0]}x{parts.feature_grid[1]}): is it this model's processor?"
+        )
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module

@@ -1,0 +1,135 @@
+"""The handle that attach returns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from torch import nn
+
+from vision_remember.adapters.attachment import Attachment
+from vision_remember.adapters.checkpoint import save_adapter
+from vision_remember.adapters.resolve import HostParts, resolve
+from vision_remember.adapters.spec import MLLMSpec
+from vision_remember.config import VisionRememberConfig
+
+
+class VisionRememberHandle:
+    """Vision Remember as attached to one model. ``print(handle)`` shows a table."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._own = attachment
+
+    @property
+    def _attachment(self) -> Attachment:
+        if not self._own.installed:
+            raise RuntimeError("this Vision Remember was detached from its model")
+        return self._own
+
+    @property
+    def config(self) -> VisionRememberConfig:
+        """The choices, with everything that was left to the host filled in."""
+        return self._own.config
+
+    @property
+    def spec(self) -> MLLMSpec:
+        """The names by which the host was read."""
+        return self._own.spec
+
+    @property
+    def module(self) -> nn.ModuleDict:
+        """The blocks by decoder layer, as they stand in the model now."""
+        return nn.ModuleDict({str(index): block for index, block in self._attachment.blocks().items()})
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The blocks' parameters that require grad, for an optimiser's parameter group."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def detach(self) -> None:
+        """Takes Vision Remember off the model: module tree, hooks and state dict are as before attach."""
+        self._attachment.uninstall()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside the ``with`` the model runs as if nothing were attached."""
+        before = self._attachment.enabled
+        self._attachment.enabled = False
+        try:
+            yield
+        finally:
+            self._attachment.enabled = before
+
+    def set_phase(self, phase: Literal[1, 2], *, train_encoder: bool = False) -> None:
+        """Chooses what trains, as the paper does (section 5.2), and prints it.
+
+        Args:
+            phase: 1 trains the projector and the blocks; 2 trains the language model too.
+            train_encoder: train the vision encoder too (phase 2 only; the paper's main comparison does).
+
+        Raises:
+            ValueError: another phase, or the encoder in phase 1.
+        """
+        if phase not in (1, 2) or (phase == 1 and train_encoder):
+            raise ValueError(f"phase={phase}, train_encoder={train_encoder}: expected phase 1, or 2 with or without it")
+        parts = self._parts()
+        parts.model.requires_grad_(phase == 2)
+        parts.encoder.requires_grad_(train_encoder)
+        parts.projector.requires_grad_(True)
+        self.module.requires_grad_(True)
+        rows = [(name, count) for name, count, trainable in self._counts(parts) if trainable]
+        trained = ", ".join(f"{name} ({_millions(count)})" for name, count in rows)
+        print(f"phase {phase} trains: {trained}")  # noqa: T201 - what a user wants to see before hours of training
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes an adapter folder: the blocks, the projector if it was swapped, configuration and model card.
+
+        Args:
+            directory: made if missing; load it with :func:`vision_remember.load_vision_remember`.
+        """
+        save_adapter(self._attachment, self._parts(), directory)
+
+    def __repr__(self) -> str:
+        if not self._own.installed:
+            return "Vision Remember (detached)"
+        parts, config = self._parts(), self.config
+        tokens = config.token_grid or parts.token_grid
+        saliency = f"{config.saliency} at level {config.saliency_level}" if config.saliency else "none"
+        rows = [
+            ("host", type(parts.model).__name__),
+            ("encoder", f"{type(parts.encoder).__name__}, {self._attachment.tap.depth} blocks"),
+            ("levels", ", ".join(map(str, config.levels or ()))),
+            ("features", f"{_by(parts.feature_grid)} cells"),
+            ("projector", f"{type(parts.projector).__name__}, {_by(tokens)} = {tokens[0] * tokens[1]} tokens"),
+            ("decoder", f"{parts.spec.decoder}, {len(parts.layers)} layers of width {parts.hidden_size}"),
+            ("before layers", ", ".join(map(str, config.layers))),
+            ("interaction", f"{config.interaction}, window {config.window}, position {config.position}"),
+            ("saliency", saliency),
+            *((f"parameters, {name}", f"{count:,}") for name, count, _ in self._counts(parts)),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(["Vision Remember", *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+    def _parts(self) -> HostParts:
+        return resolve(self._attachment.model, self._attachment.spec)
+
+    def _counts(self, parts: HostParts) -> list[tuple[str, int, bool]]:
+        """(name, parameters, any trainable) of the four parts that train apart from each other."""
+        blocks = list(self.module.parameters())
+        groups = {
+            "Vision Remember": blocks,
+            "projector": list(parts.projector.parameters()),
+            "encoder": list(parts.encoder.parameters()),
+        }
+        counted = {id(parameter) for group in groups.values() for parameter in group}
+        groups["language model"] = [p for p in parts.model.parameters() if id(p) not in counted]
+        return [(n, sum(p.numel() for p in g), any(p.requires_grad for p in g)) for n, g in groups.items()]
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count:,}"
+
+
+def _by(grid: tuple[int, int]) -> str:
+    return f"{grid[0]}x{grid[1]}"

@@ -1,0 +1,84 @@
+"""Loads an adapter folder onto a model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vision_remember.adapters.attach import attach_vision_remember
+from vision_remember.adapters.attachment import find_attachment
+from vision_remember.adapters.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    adapter_modules,
+    check_base,
+    copy_weights,
+    read_adapter,
+)
+from vision_remember.adapters.compress import compress_projector
+from vision_remember.adapters.handle import VisionRememberHandle
+from vision_remember.adapters.resolve import resolve
+
+
+def load_vision_remember(
+    model: nn.Module, dir_or_repo: str | os.PathLike[str], processor: Any = None, *, revision: str | None = None
+) -> VisionRememberHandle:
+    """Attaches a saved adapter to its base model, in place.
+
+    Args:
+        model: the base model, as it came from ``from_pretrained``.
+        dir_or_repo: an adapter folder, or a repository id of the Hugging Face hub.
+        processor: the base model's processor; needed when the adapter holds a projector, whose number of tokens the
+            processor has to emit.
+        revision: of the repository, if one is given.
+
+    Returns:
+        The handle, as :func:`vision_remember.attach_vision_remember` returns it.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: a damaged adapter, one for another base model, or weights that do not fit; the message names what is
+            wrong. Model and processor are then as they were.
+        RuntimeError: Vision Remember is attached already.
+    """
+    if find_attachment(model) is not None:
+        raise RuntimeError("Vision Remember is attached to this model already; detach_vision_remember(model) first")
+    saved = read_adapter(_folder(dir_or_repo, revision))
+    check_base(saved, resolve(model, saved.spec))
+    if saved.projector is not None and processor is None:
+        raise ValueError(
+            f"the adapter swaps the projector for {saved.projector.get('name')!r}: pass the model's processor too, so "
+            "that it emits as many image tokens"
+        )
+    compression = None
+    if saved.projector is not None:
+        compression = compress_projector(model, processor, spec=saved.spec, **saved.projector)
+    try:
+        handle = attach_vision_remember(model, config=saved.config, spec=saved.spec)
+        try:
+            attachment = find_attachment(model)
+            assert attachment is not None
+            copy_weights(saved, adapter_modules(attachment, resolve(model, saved.spec).projector))
+        except BaseException:
+            handle.detach()
+            raise
+    except BaseException:
+        if compression is not None:
+            compression.restore()
+        raise
+    return handle
+
+
+def _folder(dir_or_repo: str | os.PathLike[str], revision: str | None) -> Path:
+    path = Path(dir_or_repo)
+    if path.is_dir():
+        return path
+    name = os.fspath(dir_or_repo)
+    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise FileNotFoundError(f"{name} is neither a folder nor a repository id (owner/name)")
+    from huggingface_hub import snapshot_download  # slow to import, and seldom needed
+
+    return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))

@@ -1,0 +1,162 @@
+"""Finds the parts of a host by its spec. Looks, never touches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vision_remember.adapters.decoders import DECODERS
+from vision_remember.adapters.encoders import encoder_spec
+from vision_remember.adapters.hosts import HOSTS
+from vision_remember.adapters.spec import DecoderSpec, MLLMSpec
+from vision_remember.encoder import EncoderSpec, find, find_module
+from vision_remember.grid import Grid
+from vision_remember.registry import did_you_mean
+
+
+@dataclass(frozen=True)
+class HostParts:
+    """The parts of a host, found and checked.
+
+    Attributes:
+        model: the model itself, unwrapped.
+        spec: complete: encoder and decoder specs filled in.
+        base: encodes images, merges them and calls the decoder.
+        encoder: the vision encoder.
+        projector: between encoder and decoder.
+        decoder: the language model.
+        layers: the decoder's layers.
+        hidden_size: D, width of the decoder.
+        image_token_id: the placeholder's token id.
+        feature_grid: (H, W) of the encoder at its own image size.
+    """
+
+    model: nn.Module
+    spec: MLLMSpec
+    base: nn.Module
+    encoder: nn.Module
+    encoder_spec: EncoderSpec
+    projector: nn.Module
+    decoder: nn.Module
+    layers: nn.ModuleList
+    hidden_size: int
+    image_token_id: int
+    feature_grid: Grid
+
+    @property
+    def token_grid(self) -> Grid:
+        """(h, w) of an image's tokens as the projector makes them: all cells unless it says otherwise."""
+        return projected_grid(self.projector, self.feature_grid)
+
+
+def projected_grid(projector: nn.Module, feature_grid: Grid) -> Grid:
+    """The grid that a projector makes of ``feature_grid``; projectors that are not ours keep it."""
+    # By method, not by class: PEFT wraps modules that it trains and forwards their attributes.
+    out_grid = getattr(projector, "out_grid", None)
+    return feature_grid if out_grid is None else out_grid(feature_grid)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The host inside a PEFT model, any other model as it is."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
+def resolve(model: nn.Module, spec: MLLMSpec | None = None) -> HostParts:
+    """The parts of a host.
+
+    Args:
+        model: a multimodal model, perhaps inside a PEFT model.
+        spec: None looks it up in ``HOSTS`` by ``config.model_type``.
+
+    Raises:
+        ValueError: no spec, or the spec names what the model does not have.
+    """
+    model = unwrapped(model)
+    spec = spec or _host_spec(model)
+    base = find_module(model, spec.base, "base")
+    if not callable(getattr(base, "get_image_features", None)):
+        raise ValueError(f"{type(base).__name__} at {spec.base!r} has no get_image_features to read an image's tokens")
+    encoder = find_module(model, spec.encoder, "vision encoder")
+    projector = find_module(model, spec.projector, "projector")
+    decoder = find_module(model, spec.decoder, "decoder")
+    encoder_names = spec.encoder_spec or encoder_spec(encoder)
+    decoder_names = spec.decoder_spec or _decoder_spec(decoder)
+    layers = find_module(decoder, decoder_names.layers, "layers")
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{type(decoder).__name__}.{decoder_names.layers}: expected a ModuleList of decoder layers")
+    return HostParts(
+        model=model,
+        spec=MLLMSpec(**{**vars(spec), "encoder_spec": encoder_names, "decoder_spec": decoder_names}),
+        base=base,
+        encoder=encoder,
+        encoder_spec=encoder_names,
+        projector=projector,
+        decoder=decoder,
+        layers=layers,
+        hidden_size=_number(decoder, decoder_names.hidden_size, "width"),
+        image_token_id=_number(model, spec.image_token_id, "image token id"),
+        feature_grid=_feature_grid(encoder, encoder_names),
+    )
+
+
+def block_placement(layer: nn.Module, base: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype for a block in front of a decoder layer.
+
+    Raises:
+        ValueError: the layer's weights are not loaded yet.
+    """
+    floating = [p for p in layer.parameters() if p.is_floating_point()]
+    if any(p.device.type == "meta" for p in floating):
+        raise ValueError("the decoder's weights are on the meta device: load them before attaching")
+    # A quantised layer keeps norms in the dtype that the model computes in; failing these, the base's dtype.
+    wide = [p for p in floating if p.dtype.itemsize >= 2] or [p for p in base.parameters() if p.is_floating_point()]
+    return next(layer.parameters()).device, wide[0].dtype
+
+
+def model_type_of(module: nn.Module) -> str:
+    """``config.model_type`` of a transformers model, the class's name of any other module."""
+    return getattr(getattr(module, "config", None), "model_type", type(module).__name__)
+
+
+def _host_spec(model: nn.Module) -> MLLMSpec:
+    model_type = model_type_of(model)
+    if model_type in HOSTS:
+        return HOSTS[model_type]
+    raise ValueError(
+        f"{type(model).__name__} (model_type {model_type!r}) is no known multimodal host: "
+        f"{did_you_mean(model_type, HOSTS)}. Describe it with a spec: attach_vision_remember(model, "
+        "spec=MLLMSpec(name=..., base=..., encoder=..., projector=..., decoder=...))"
+    )
+
+
+def _decoder_spec(decoder: nn.Module) -> DecoderSpec:
+    model_type = model_type_of(decoder)
+    if model_type in DECODERS:
+        return DECODERS[model_type]
+    raise ValueError(
+        f"{type(decoder).__name__} (model_type {model_type!r}) is no known decoder: "
+        f"{did_you_mean(model_type, DECODERS)}. Describe it with a spec: attach_vision_remember(model, "
+        f"spec=MLLMSpec(name=..., decoder_spec=DecoderSpec(model_type={model_type!r}, layers=...)))"
+    )
+
+
+def _number(root: nn.Module, path: str, what: str) -> int:
+    try:
+        value: Any = find(root, path)
+    except AttributeError:
+        value = None
+    if not isinstance(value, int):
+        raise ValueError(f"{type(root).__name__}.{path} is {value!r}: expected the {what}, a whole number")
+    return value
+
+
+def _feature_grid(encoder: nn.Module, spec: EncoderSpec) -> Grid:
+    size: Any = find(encoder, spec.image_size)
+    height, width = (size, size) if isinstance(size, int) else size
+    patches: Any = find_module(encoder, spec.patch_embedding, "patch embedding")
+    rows, columns = patches.stride
+    return height // rows, width // columns

@@ -1,0 +1,161 @@
+"""Fewer tokens, in the model and in the processor together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+from tests.fingerprint import Fingerprint
+from tests.hosts import ENCODER_CONFIGS, IMAGE_TOKEN, VOCABULARY, batch, build_llava
+from tests.processors import llava_processor
+from vision_remember import attach_vision_remember, compress_projector
+
+# The grids of CLIP-L/14-336 and SigLIP-so400m/14-384.
+REAL_SIZES = {"clip": (336, 14, 576, 144), "siglip": (384, 14, 729, 196)}
+
+
+def real_sized(encoder: str) -> tuple[Any, Any]:
+    """A narrow LLaVA with the grid of the real encoder, and its processor."""
+    side, patch, *_ = REAL_SIZES[encoder]
+    text = hf.Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    vision = ENCODER_CONFIGS[encoder]()
+    vision.update({"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2})
+    vision.update({"image_size": side, "patch_size": patch})
+    strategy = "default" if encoder == "clip" else "full"
+    torch.manual_seed(0)
+    config = hf.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, vision_feature_select_strategy=strategy
+    )
+    return hf.LlavaForConditionalGeneration(config).eval(), llava_processor(encoder, side, patch)
+
+
+def picture(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (200, 310, 3), dtype=np.uint8)
+
+
+def ask(processor: Any, images: int) -> dict[str, torch.Tensor]:
+    text = "w3 " + "<image> w4 " * images + "w5"
+    return processor(text=[text], images=[picture(i) for i in range(images)], return_tensors="pt")
+
+
+@pytest.mark.parametrize("encoder", REAL_SIZES)
+def test_processor_and_projector_agree_before_during_and_after(encoder: str) -> None:
+    model, processor = real_sized(encoder)
+    *_, full, pooled = REAL_SIZES[encoder]
+    before, counts = Fingerprint(model), dict(processor.__dict__)
+
+    def tokens() -> int:
+        inputs = ask(processor, 2)
+        with torch.no_grad():
+            model(**inputs)  # raises if placeholders and features disagree
+        return int((inputs["input_ids"] == IMAGE_TOKEN).sum()) // 2
+
+    assert tokens() == full
+    before = Fingerprint(model)
+    handle = compress_projector(model, processor, "adaptive_avg_pool", ratio=4)
+    assert tokens() == pooled
+    assert processor._get_num_multimodal_tokens is not None
+    assert str(pooled) in str(handle)
+    assert list(model.state_dict()) == list(before.tensors)
+    vr = attach_vision_remember(model, [1])
+    assert tokens() == pooled
+    generated = model.generate(**ask(processor, 1), max_new_tokens=2, suppress_tokens=[IMAGE_TOKEN])
+    assert generated.shape[1] == ask(processor, 1)["input_ids"].shape[1] + 2
+    vr.detach()
+    handle.restore()
+    before.check(model)
+    assert dict(processor.__dict__) == counts
+    assert tokens() == full
+
+
+@pytest.mark.parametrize("out_grid", [(12, 12), (5, 7), (1, 1), (24, 24)])
+def test_any_grid_can_be_asked_for(out_grid: tuple[int, int]) -> None:
+    model, processor = real_sized("clip")
+    compress_projector(model, processor, "adaptive_avg_pool", out_grid=out_grid)
+    inputs = ask(processor, 1)
+    assert int((inputs["input_ids"] == IMAGE_TOKEN).sum()) == out_grid[0] * out_grid[1]
+    with torch.no_grad():
+        model(**inputs)
+
+
+def test_the_pooled_projector_keeps_what_the_projector_learned() -> None:
+    model = build_llava()
+    inputs = batch(model, (1,))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        compress_projector(model, None, "adaptive_avg_pool", out_grid=(8, 8))  # as many tokens as cells: nothing pooled
+        torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+def test_training_the_swapped_projector_leaves_the_own_one_alone() -> None:
+    model = build_llava()
+    before = Fingerprint(model)
+    handle = compress_projector(model, None, "adaptive_avg_pool", ratio=4)
+    with torch.no_grad():
+        for parameter in model.model.multi_modal_projector.parameters():
+            parameter.zero_()
+    handle.restore()
+    before.check(model)
+
+
+def test_bad_requests_change_neither_model_nor_processor() -> None:
+    model, processor = real_sized("clip")
+    before, counts = Fingerprint(model), dict(processor.__dict__)
+    requests: list[tuple[dict[str, Any], str]] = [
+        ({"name": "adaptive_avg_pol", "ratio": 4}, "did you mean 'adaptive_avg_pool'"),
+        ({"ratio": 5}, "ratio=5: expected the square"),
+        ({"ratio": 4, "out_grid": (2, 2)}, "exactly one of the two"),
+        ({}, "exactly one of the two"),
+        ({"out_grid": (25, 3)}, "at most the features' grid 24x24"),
+        ({"out_grid": (0, 3)}, "positive integers"),
+        ({"ratio": 4, "bais": True}, "did you mean 'bias'"),
+    ]
+    for request, message in requests:
+        with pytest.raises(ValueError, match=message):
+            compress_projector(model, processor, **{"name": "adaptive_avg_pool", **request})
+        before.check(model)
+        assert dict(processor.__dict__) == counts
+
+
+def test_a_processor_of_another_model_is_refused() -> None:
+    model, _ = real_sized("clip")
+    before = Fingerprint(model)
+    with pytest.raises(ValueError, match=r"emits 729 image tokens .* makes 576"):
+        compress_projector(model, llava_processor("siglip", 384, 14), "adaptive_avg_pool", ratio=4)
+    with pytest.raises(ValueError, match="cannot process an image"):
+        compress_projector(model, object(), "adaptive_avg_pool", ratio=4)
+    before.check(model)
+
+
+def test_a_processor_that_keeps_its_own_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = real_sized("clip")
+    before = Fingerprint(model)
+    monkeypatch.setattr(type(processor), "replace_image_token", lambda self, *_, **__: self.image_token * 576)
+    with pytest.raises(ValueError, match="the processor emits 576 image tokens, the projector 144"):
+        compress_projector(model, processor, "adaptive_avg_pool", ratio=4)
+    before.check(model)
+    assert processor.patch_size == 14
+
+
+def test_swapping_has_an_order() -> None:
+    model = build_llava()
+    handle = compress_projector(model, None, "adaptive_avg_pool", ratio=4)
+    with pytest.raises(RuntimeError, match="compressed already"):
+        compress_projector(model, None, "adaptive_avg_pool", ratio=4)
+    vr = attach_vision_remember(model, [1])
+    with pytest.raises(RuntimeError, match="detach it first"):
+        handle.restore()
+    vr.detach()
+    handle.restore()
+    with pytest.raises(RuntimeError, match="restored already"):
+        handle.restore()
+    attach_vision_remember(model, [1])
+    with pytest.raises(RuntimeError, match="compress the projector first"):
+        compress_projector(model, None, "adaptive_avg_pool", ratio=4)

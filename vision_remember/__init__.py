@@ -1,0 +1,65 @@
+"""Vision Remember: few vision tokens that re-read the image between the layers of a multimodal language model.
+
+The core needs torch alone. The names that know transformers are looked up when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from vision_remember.config import PRESETS, VisionRememberConfig
+from vision_remember.interactions import INTERACTIONS, SELA, build_interaction
+from vision_remember.ops import local_attention
+from vision_remember.projectors import PROJECTORS, build_projector
+from vision_remember.remember import VisionRemember
+from vision_remember.saliency import cls_saliency
+from vision_remember.tap import MultiLevelTap
+
+if TYPE_CHECKING:
+    from vision_remember.adapters import (
+        MLLMSpec,
+        attach_vision_remember,
+        compress_projector,
+        detach_vision_remember,
+        load_vision_remember,
+    )
+
+__version__ = "0.1.0"
+
+_FROM_ADAPTERS = (
+    "MLLMSpec",
+    "attach_vision_remember",
+    "compress_projector",
+    "detach_vision_remember",
+    "load_vision_remember",
+)
+
+__all__ = [
+    "INTERACTIONS",
+    "PRESETS",
+    "PROJECTORS",
+    "SELA",
+    "MLLMSpec",
+    "MultiLevelTap",
+    "VisionRemember",
+    "VisionRememberConfig",
+    "attach_vision_remember",
+    "build_interaction",
+    "build_projector",
+    "cls_saliency",
+    "compress_projector",
+    "detach_vision_remember",
+    "load_vision_remember",
+    "local_attention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FROM_ADAPTERS:
+        return getattr(importlib.import_module("vision_remember.adapters"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,43 @@
+"""Grids: how a raster of vision tokens lies over a raster of encoder cells."""
+
+from __future__ import annotations
+
+import math
+
+Grid = tuple[int, int]
+"""(rows, columns) of a raster; position (i, j) is element ``i * columns + j`` of a flattened sequence."""
+
+
+def check_grid(name: str, grid: Grid) -> None:
+    """Raises ValueError unless ``grid`` is a pair of positive whole numbers; ``name`` is for the message."""
+    if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
+        raise ValueError(f"{name}={grid!r}: expected a pair (rows, columns) of positive integers")
+
+
+def check_length(name: str, length: int, grid_name: str, grid: Grid) -> None:
+    """Raises ValueError unless a raster sequence of ``length`` elements fills ``grid``."""
+    if length != grid[0] * grid[1]:
+        raise ValueError(
+            f"{name} holds {length} positions, but {grid_name}={grid[0]}x{grid[1]} has {grid[0] * grid[1]}"
+        )
+
+
+def square_grid(length: int) -> Grid:
+    """The square grid of ``length`` cells.
+
+    Raises:
+        ValueError: ``length`` is no square; the grid must then be given.
+    """
+    side = math.isqrt(length)
+    if side * side != length:
+        raise ValueError(f"{length} cells do not form a square grid; pass the grid as (rows, columns)")
+    return side, side
+
+
+def region(start: int, stop: int, tokens: int, cells: int) -> tuple[int, int]:
+    """Cells under the tokens ``start..stop-1`` of one axis, as a half-open range.
+
+    This is adaptive average pooling's rule: cells ``floor(start * cells / tokens) .. ceil(stop * cells / tokens) - 1``.
+    It is never empty, covers every cell, and reduces to equal blocks when ``cells`` is a multiple of ``tokens``.
+    """
+    return start * cells // tokens, -(-stop * cells // tokens)

@@ -1,0 +1,40 @@
+"""How tokens read features: one file each, listed in one table."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from vision_remember.interactions.base import Interaction
+from vision_remember.interactions.sela import SELA
+from vision_remember.registry import Registry, did_you_mean
+
+INTERACTIONS: Registry[type[Interaction[Any]]] = Registry(
+    "interaction",
+    {
+        "sela": SELA,
+    },
+)
+
+
+def build_interaction(name: str, query_dim: int, feature_dim: int, **options: Any) -> Interaction[Any]:
+    """Builds the interaction called ``name``.
+
+    Args:
+        name: an entry of ``INTERACTIONS``.
+        query_dim: D, width of the tokens.
+        feature_dim: C, width of the features, all levels joined.
+        **options: keyword arguments of the class.
+
+    Raises:
+        ValueError: an unknown name or option; the message suggests the closest one.
+    """
+    cls = INTERACTIONS[name]
+    known = [p for p in inspect.signature(cls).parameters if p not in ("query_dim", "feature_dim")]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"interaction {name!r} has no option {option!r}: {did_you_mean(option, known)}")
+    return cls(query_dim, feature_dim, **options)
+
+
+__all__ = ["INTERACTIONS", "SELA", "Interaction", "build_interaction"]

@@ -1,0 +1,86 @@
+"""What every interaction is: tokens read features, and an update for the tokens comes back."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from torch import Tensor, nn
+
+from vision_remember.grid import Grid, check_grid, check_length
+
+P = TypeVar("P")
+
+
+class Interaction(nn.Module, Generic[P]):
+    """Base of all interactions.
+
+    A subclass implements :meth:`prepare`, which holds all work that depends on the image alone, and :meth:`attend`.
+
+    Args:
+        query_dim: D, width of the tokens.
+        feature_dim: C, width of the features, all levels joined.
+    """
+
+    def __init__(self, query_dim: int, feature_dim: int) -> None:
+        super().__init__()
+        self.query_dim = query_dim
+        self.feature_dim = feature_dim
+
+    def prepare(self, features: Tensor, *, feature_grid: Grid, saliency: Tensor | None = None) -> P:
+        """What the layer needs of an image, once per image, whatever the tokens.
+
+        Args:
+            features: (B, H*W, C), raster order, the levels joined on channels.
+            feature_grid: (H, W).
+            saliency: (B, H*W), or None for no saliency.
+        """
+        raise NotImplementedError
+
+    def attend(self, tokens: Tensor, prepared: P, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
+        """(B, h*w, D) tokens and a prepared image -> (B, h*w, D) update."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        tokens: Tensor,
+        features: Tensor | P,
+        *,
+        token_grid: Grid,
+        feature_grid: Grid,
+        saliency: Tensor | None = None,
+    ) -> Tensor:
+        """The update of each token, without the residual.
+
+        Args:
+            tokens: (B, h*w, D), raster order.
+            features: (B, H*W, C), raster order, the levels joined on channels; or what :meth:`prepare` returned.
+            token_grid: (h, w).
+            feature_grid: (H, W).
+            saliency: (B, H*W); belongs to :meth:`prepare` if that was called.
+
+        Returns:
+            (B, h*w, D).
+
+        Raises:
+            ValueError: shapes and grids that do not fit together.
+        """
+        check_grid("token_grid", token_grid)
+        check_length("tokens", tokens.shape[1], "token_grid", token_grid)
+        if tokens.shape[2] != self.query_dim:
+            raise ValueError(f"tokens {tuple(tokens.shape)}: expected width query_dim={self.query_dim}")
+        if isinstance(features, Tensor):
+            self._check_features(features, feature_grid, saliency)
+            if features.shape[0] != tokens.shape[0]:
+                raise ValueError(f"{tokens.shape[0]} token grids, but features of {features.shape[0]} images")
+            features = self.prepare(features, feature_grid=feature_grid, saliency=saliency)
+        elif saliency is not None:
+            raise ValueError("saliency was given beside prepared features; give it to prepare() instead")
+        return self.attend(tokens, features, token_grid=token_grid, feature_grid=feature_grid)
+
+    def _check_features(self, features: Tensor, feature_grid: Grid, saliency: Tensor | None) -> None:
+        check_grid("feature_grid", feature_grid)
+        check_length("features", features.shape[1], "feature_grid", feature_grid)
+        if features.shape[2] != self.feature_dim:
+            raise ValueError(f"features {tuple(features.shape)}: expected width feature_dim={self.feature_dim}")
+        if saliency is not None and saliency.shape != features.shape[:2]:
+            raise ValueError(f"saliency {tuple(saliency.shape)}: expected (B, H*W) = {tuple(features.shape[:2])}")

@@ -1,0 +1,48 @@
+"""Which position of a sequence is which vision token.
+
+Notation of the whole library: B sequences, S positions, D decoder width; T tiles (one per image, more where a host cuts
+images up), each with a token grid (h, w) and a feature grid (H, W); C feature width, N positions that hold a vision
+token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vision_remember.grid import Grid
+
+
+@dataclass(frozen=True)
+class VisionLayout:
+    """The vision tokens of one decoder call.
+
+    Attributes:
+        positions: (N,), indices into the flattened (B*S) positions.
+        slots: (N,), the token of the flattened (T*h*w) tokens that each position holds; None where they are simply all
+            tokens in order (N = T*h*w). A call may hold a part of the tokens, as chunked prefill does; none twice.
+        tiles: T.
+        token_grid: (h, w) of each tile.
+    """
+
+    positions: Tensor
+    slots: Tensor | None
+    tiles: int
+    token_grid: Grid
+
+    def gather(self, hidden: Tensor) -> Tensor:
+        """(B, S, D) -> (T, h*w, D); tokens that this call does not hold are zero."""
+        h, w = self.token_grid
+        tokens = hidden.flatten(0, 1).index_select(0, self.positions)
+        if self.slots is not None:
+            tokens = tokens.new_zeros(self.tiles * h * w, hidden.shape[-1]).index_copy(0, self.slots, tokens)
+        return tokens.reshape(self.tiles, h * w, hidden.shape[-1])
+
+    def scatter(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """(B, S, D) and (T, h*w, D) -> (B, S, D), the vision positions replaced, all others as they were."""
+        tokens = tokens.flatten(0, 1)
+        if self.slots is not None:
+            tokens = tokens.index_select(0, self.slots)
+        # Out of place: the hidden states may be a view or be needed by the backward pass.
+        return hidden.flatten(0, 1).index_copy(0, self.positions, tokens).view_as(hidden)

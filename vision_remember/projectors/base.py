@@ -1,0 +1,74 @@
+"""What every projector is: features of an image in, fewer tokens of the decoder's width out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from vision_remember.grid import Grid, check_grid, check_length, square_grid
+
+
+class Projector(nn.Module):
+    """Base of all projectors. A subclass implements :meth:`project`.
+
+    Args:
+        in_dim: C, width of the encoder's features.
+        out_dim: D, width of the decoder.
+        ratio: features per token; its root is taken per axis, rounded up where it does not divide: 4 makes 24x24 into
+            12x12 and 27x27 into 14x14.
+        out_grid: (h, w) instead of a ratio. With neither, the grid stays as it is.
+
+    Raises:
+        ValueError: both a ratio and a grid, or a ratio that is not the square of a whole number.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, ratio: int | None = None, out_grid: Grid | None = None) -> None:
+        super().__init__()
+        if ratio is not None and out_grid is not None:
+            raise ValueError(f"give ratio={ratio} or out_grid={out_grid}, not both")
+        if ratio is not None and (ratio < 1 or math.isqrt(ratio) ** 2 != ratio):
+            raise ValueError(f"ratio={ratio}: expected the square of a whole number (1, 4, 9, 16, ...)")
+        if out_grid is not None:
+            check_grid("out_grid", out_grid)
+        self.in_dim, self.out_dim = in_dim, out_dim
+        self.ratio = ratio
+        self.fixed_grid = None if out_grid is None else (out_grid[0], out_grid[1])
+
+    def out_grid(self, grid: Grid) -> Grid:
+        """The grid (h, w) of the tokens for features of a grid (H, W); known before any tensor exists.
+
+        Raises:
+            ValueError: the projector cannot make this grid.
+        """
+        check_grid("grid", grid)
+        step = math.isqrt(self.ratio or 1)
+        h, w = self.fixed_grid or (-(-grid[0] // step), -(-grid[1] // step))
+        if h > grid[0] or w > grid[1]:
+            raise ValueError(f"out_grid={h}x{w}: expected at most the features' grid {grid[0]}x{grid[1]}")
+        return h, w
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments that build this projector again, beside its widths."""
+        return {"ratio": self.ratio, "out_grid": self.fixed_grid}
+
+    def forward(self, features: Tensor, grid: Grid | None = None) -> Tensor:
+        """(B, H*W, C) -> (B, h*w, D), both in raster order.
+
+        Args:
+            features: the encoder's features without prefix tokens.
+            grid: (H, W); None where the features form a square.
+
+        Raises:
+            ValueError: features that do not fill the grid, or of another width.
+        """
+        if features.ndim != 3 or features.shape[2] != self.in_dim:
+            raise ValueError(f"features {tuple(features.shape)}: expected (B, H*W, {self.in_dim})")
+        grid = grid or square_grid(features.shape[1])
+        check_length("features", features.shape[1], "grid", grid)
+        return self.project(features, grid, self.out_grid(grid))
+
+    def project(self, features: Tensor, grid: Grid, out_grid: Grid) -> Tensor:
+        """(B, H*W, C) on ``grid`` -> (B, h*w, D) on ``out_grid``."""
+        raise NotImplementedError

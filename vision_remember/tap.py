@@ -1,0 +1,283 @@
+"""MultiLevelTap: features of several encoder levels and a saliency map, read by hooks while the encoder runs."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vision_remember.encoder import EncoderSpec, find, find_module
+from vision_remember.grid import Grid, check_length
+from vision_remember.saliency import SALIENCY_VARIANTS, Center, cls_saliency
+
+SaliencySource = Literal["auto", "cls", "received", "map_head"]
+
+
+@dataclass
+class Captured:
+    """What one run of the encoder left. Empty until the encoder has run.
+
+    Attributes:
+        level_features: one (B, H*W, C) per level, by ``hidden_states`` index.
+        saliency: (B, H*W) in (0, 1), without gradient; None if not asked for.
+    """
+
+    _order: tuple[int, ...]
+    level_features: dict[int, Tensor] = field(default_factory=dict)
+    saliency: Tensor | None = None
+    _grid: Grid | None = None
+
+    @property
+    def levels(self) -> list[Tensor]:
+        """The features, one (B, H*W, C) per level in the order asked for, prefix tokens removed, raster order."""
+        missing = [level for level in self._order if level not in self.level_features]
+        if missing:
+            raise RuntimeError(f"levels {missing} were not captured: run the encoder inside capture()")
+        return [self.level_features[level] for level in self._order]
+
+    @property
+    def grid(self) -> Grid:
+        """(H, W) of the features."""
+        if self._grid is None:
+            raise RuntimeError("no grid was captured: run the encoder inside capture()")
+        return self._grid
+
+    def joined(self) -> Tensor:
+        """(B, H*W, levels*C), the levels joined on channels (Vision Remember, section 4.3)."""
+        return torch.cat(self.levels, dim=-1)
+
+
+class MultiLevelTap:
+    """Keeps chosen levels of a vision encoder, and a saliency map, while the encoder runs as it always does.
+
+    Only hooks are used: the encoder's numerics, its attention implementation and its state dict stay as they are, and
+    no attention map is ever built; the saliency comes from one query row, recomputed in one layer::
+
+        tap = MultiLevelTap(encoder, levels=(13, 18, 23))
+        with tap.capture() as captured:
+            encoder(pixels)
+        captured.levels, captured.grid, captured.saliency
+
+    Captures nest and may run in several threads at once; each sees its own run only.
+
+    Args:
+        encoder: a vision encoder with a known :class:`EncoderSpec` (CLIP, SigLIP, ...).
+        levels: ``hidden_states`` indices: 0 = embeddings, k = output of the k-th block, negatives count from the end.
+        saliency: "cls" (needs a CLS token), "received" (each patch's mean attention logit over all patch queries),
+            "map_head" (needs a SigLIP pooling head), "auto" ("cls" where there is a CLS token, otherwise "received"),
+            or None.
+        saliency_level: the level whose block's attention is read; None for the deepest of ``levels``.
+        variant: see :func:`vision_remember.cls_saliency`.
+        center: see :func:`vision_remember.cls_saliency`.
+        temperature: see :func:`vision_remember.cls_saliency`.
+        spec: the encoder's spec; None looks it up by the encoder's class.
+
+    Raises:
+        ValueError: an unknown encoder, levels that it does not have, or a saliency source that it does not offer.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        levels: Sequence[int] = (13, 18, 23),
+        *,
+        saliency: SaliencySource | None = "auto",
+        saliency_level: int | None = None,
+        variant: str = "logit",
+        center: Center = "none",
+        temperature: float = 1.0,
+        spec: EncoderSpec | None = None,
+    ) -> None:
+        self.encoder = encoder
+        self.spec = spec or _look_up_spec(encoder)
+        self.depth = len(self._blocks())
+        self.levels = self._checked_levels(tuple(levels))
+        self.saliency = _checked_source(saliency, self.spec, encoder)
+        (self.saliency_level,) = self._checked_levels((max(self.levels) if saliency_level is None else saliency_level,))
+        if self.saliency in ("cls", "received") and self.saliency_level == 0:
+            raise ValueError("saliency_level=0 are the embeddings; no attention leads to them, choose a level from 1")
+        SALIENCY_VARIANTS[variant]
+        self._saliency_options: dict[str, Any] = {"variant": variant, "center": center, "temperature": temperature}
+        self._handles: list[RemovableHandle] = []
+        self._installs = 0
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def install(self) -> None:
+        """Puts the hooks in place until the matching :meth:`remove`."""
+        with self._lock:
+            self._installs += 1
+            if self._installs == 1:
+                self._handles = self._register()
+
+    def remove(self) -> None:
+        """Undoes one :meth:`install`; the hooks go with the last. Nothing happens if there was none."""
+        with self._lock:
+            self._installs = max(0, self._installs - 1)
+            if self._installs == 0:
+                for handle in self._handles:
+                    handle.remove()
+                self._handles = []
+
+    @contextmanager
+    def capture(self) -> Iterator[Captured]:
+        """Captures the runs of the encoder in this thread inside the ``with``; the last run counts."""
+        self.install()
+        try:
+            with self.record() as captured:
+                yield captured
+        finally:
+            self.remove()
+
+    @contextmanager
+    def record(self) -> Iterator[Captured]:
+        """:meth:`capture` for a tap that is installed already."""
+        captured = Captured(self.levels)
+        captures = self._captures()
+        captures.append(captured)
+        try:
+            yield captured
+        finally:
+            captures.pop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Locks and thread-local storage can be neither copied nor pickled, and belong to this tap alone.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_local")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock(), _local=threading.local())
+
+    def _captures(self) -> list[Captured]:
+        if not hasattr(self._local, "captures"):
+            self._local.captures = []
+        return self._local.captures
+
+    def _current(self) -> Captured | None:
+        captures = self._captures()
+        return captures[-1] if captures else None
+
+    def _blocks(self) -> nn.ModuleList:
+        blocks = find_module(self.encoder, self.spec.layers, "blocks")
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def _checked_levels(self, levels: tuple[int, ...]) -> tuple[int, ...]:
+        outside = [level for level in levels if not -self.depth - 1 <= level <= self.depth]
+        if outside or not levels:
+            raise ValueError(
+                f"levels={list(levels)}: {type(self.encoder).__name__} has hidden states 0..{self.depth}"
+                f" (or -{self.depth + 1}..-1)"
+            )
+        resolved = tuple(level % (self.depth + 1) for level in levels)
+        if len(set(resolved)) < len(resolved):
+            raise ValueError(f"levels={list(levels)}: a level is repeated (hidden states {list(resolved)})")
+        return resolved
+
+    def _register(self) -> list[RemovableHandle]:
+        blocks = self._blocks()
+        patches = find_module(self.encoder, self.spec.patch_embedding, "patch embedding")
+        handles = [patches.register_forward_hook(self._keep_grid)]
+        for level in self.levels:
+            if level == 0:
+                handles.append(blocks[0].register_forward_pre_hook(self._keep_embeddings, with_kwargs=True))
+            else:
+                handles.append(blocks[level - 1].register_forward_hook(_LevelHook(self, level)))
+        if self.saliency == "map_head":
+            assert self.spec.pooling_head is not None
+            head = find_module(self.encoder, self.spec.pooling_head, "pooling head")
+            handles.append(head.register_forward_pre_hook(self._keep_head_saliency))
+        elif self.saliency is not None:
+            block = blocks[self.saliency_level - 1]
+            handles.append(block.register_forward_pre_hook(self._keep_saliency, with_kwargs=True))
+        return handles
+
+    def _keep_grid(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if (captured := self._current()) is not None:
+            captured._grid = (output.shape[-2], output.shape[-1])
+
+    def _keep_embeddings(self, block: nn.Module, args: Any, kwargs: Any) -> None:
+        self._keep_level(0, _first_input(args, kwargs))
+
+    def _keep_level(self, level: int, hidden: Tensor) -> None:
+        if (captured := self._current()) is not None:
+            features = hidden[:, self.spec.prefix_tokens :]
+            check_length(f"level {level}", features.shape[1], "the patch grid", captured.grid)
+            captured.level_features[level] = features
+
+    @torch.no_grad()
+    def _keep_saliency(self, block: nn.Module, args: Any, kwargs: Any) -> None:
+        """Computes one row of the block's attention logits from its input, before the block runs.
+
+        Never with gradient: under activation checkpointing values from inside a block have none, and the map is a
+        weight, not a path for learning.
+        """
+        captured = self._current()
+        if captured is None:
+            return
+        hidden = _first_input(args, kwargs)
+        normed = find_module(block, self.spec.norm, "attention norm")(hidden)
+        heads = find(block, self.spec.num_heads)
+        patches = normed[:, self.spec.prefix_tokens :]
+        # The mean over queries of a linear map is the map of the mean: one row instead of H*W.
+        source = normed[:, :1] if self.saliency == "cls" else patches.mean(1, keepdim=True)
+        query = find_module(block, self.spec.query, "query projection")(source).unflatten(-1, (heads, -1))
+        keys = find_module(block, self.spec.key, "key projection")(patches).unflatten(-1, (heads, -1))
+        captured.saliency = cls_saliency(query[:, 0], keys.transpose(1, 2), **self._saliency_options)
+
+    @torch.no_grad()
+    def _keep_head_saliency(self, head: nn.Module, args: Any) -> None:
+        captured = self._current()
+        if captured is None:
+            return
+        attention: nn.MultiheadAttention = head.attention  # type: ignore[assignment]
+        weights = attention.in_proj_weight.chunk(3)
+        biases = attention.in_proj_bias.chunk(3)
+        query = nn.functional.linear(head.probe[:, 0], weights[0], biases[0])  # type: ignore[index]
+        keys = nn.functional.linear(args[0], weights[1], biases[1]).unflatten(-1, (attention.num_heads, -1))
+        query = query.unflatten(-1, (attention.num_heads, -1)).expand(len(keys), -1, -1)
+        captured.saliency = cls_saliency(query, keys.transpose(1, 2), **self._saliency_options)
+
+
+@dataclass
+class _LevelHook:
+    """A hook that knows its level. An object, not a closure, so that copies of the encoder get hooks of their own."""
+
+    tap: MultiLevelTap
+    level: int
+
+    def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
+        self.tap._keep_level(self.level, output[0] if isinstance(output, tuple) else output)
+
+
+def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _checked_source(
+    source: SaliencySource | None, spec: EncoderSpec, encoder: nn.Module
+) -> Literal["cls", "received", "map_head"] | None:
+    name = type(encoder).__name__
+    if source == "auto":
+        return "cls" if spec.has_cls else "received"
+    if source == "cls" and not spec.has_cls:
+        raise ValueError(f"saliency='cls': {name} has no CLS token; use 'received'")
+    if source == "map_head":
+        try:
+            find(encoder, spec.pooling_head or "")
+        except AttributeError:
+            raise ValueError(f"saliency='map_head': {name} has no pooling head; use 'received'") from None
+    elif source not in ("cls", "received", None):
+        raise ValueError(f"saliency={source!r}: expected 'auto', 'cls', 'received', 'map_head' or None")
+    return source
+
+
+def _look_up_spec(encoder: nn.Module) -> EncoderSpec:
+    # The table stands with the adapters, which the core does not import; it holds plain data.
+    return importlib.import_module("vision_remember.adapters.encoders").encoder_spec(encoder)
