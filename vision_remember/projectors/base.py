@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ class Projector(nn.Module):
     """Base of all projectors. A subclass implements :meth:`project`.
 
     Args:
-        in_dim: C, width of the encoder's features.
+        in_dim: C, width of one level of the encoder's features.
         out_dim: D, width of the decoder.
         ratio: features per token; its root is taken per axis, rounded up where it does not divide: 4 makes 24x24 into
             12x12 and 27x27 into 14x14.
@@ -23,6 +23,13 @@ class Projector(nn.Module):
     Raises:
         ValueError: both a ratio and a grid, or a ratio that is not the square of a whole number.
     """
+
+    encoder_levels: ClassVar[tuple[int, ...]] = ()
+    """``hidden_states`` indices of a 24-block encoder whose features it reads, joined on channels in this order; other
+    depths scale them. Empty: the one level that the host's own projector reads."""
+
+    spatial: ClassVar[bool] = True
+    """Whether token (i, j) stands for the cells under it. Otherwise the tokens have no order in the image."""
 
     def __init__(self, in_dim: int, out_dim: int, *, ratio: int | None = None, out_grid: Grid | None = None) -> None:
         super().__init__()
@@ -35,6 +42,11 @@ class Projector(nn.Module):
         self.in_dim, self.out_dim = in_dim, out_dim
         self.ratio = ratio
         self.fixed_grid = None if out_grid is None else (out_grid[0], out_grid[1])
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the features that it is given: C, once per level."""
+        return self.in_dim * max(1, len(self.encoder_levels))
 
     def out_grid(self, grid: Grid) -> Grid:
         """The grid (h, w) of the tokens for features of a grid (H, W); known before any tensor exists.
@@ -54,7 +66,7 @@ class Projector(nn.Module):
         return {"ratio": self.ratio, "out_grid": self.fixed_grid}
 
     def forward(self, features: Tensor, grid: Grid | None = None) -> Tensor:
-        """(B, H*W, C) -> (B, h*w, D), both in raster order.
+        """(B, H*W, feature_dim) -> (B, h*w, D), both in raster order. Never writes to its input.
 
         Args:
             features: the encoder's features without prefix tokens.
@@ -63,12 +75,12 @@ class Projector(nn.Module):
         Raises:
             ValueError: features that do not fill the grid, or of another width.
         """
-        if features.ndim != 3 or features.shape[2] != self.in_dim:
-            raise ValueError(f"features {tuple(features.shape)}: expected (B, H*W, {self.in_dim})")
+        if features.ndim != 3 or features.shape[2] != self.feature_dim:
+            raise ValueError(f"features {tuple(features.shape)}: expected (B, H*W, {self.feature_dim})")
         grid = grid or square_grid(features.shape[1])
         check_length("features", features.shape[1], "grid", grid)
         return self.project(features, grid, self.out_grid(grid))
 
     def project(self, features: Tensor, grid: Grid, out_grid: Grid) -> Tensor:
-        """(B, H*W, C) on ``grid`` -> (B, h*w, D) on ``out_grid``."""
+        """(B, H*W, feature_dim) on ``grid`` -> (B, h*w, D) on ``out_grid``."""
         raise NotImplementedError
