@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,12 +12,11 @@ from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.resolve import HostParts, block_placement, resolve
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.config import VisionRememberConfig
-from vision_remember.encoder import find_module
+from vision_remember.encoder import find_module, scale_levels
 from vision_remember.remember import VisionRemember
 from vision_remember.tap import MultiLevelTap
 
-# The paper keeps hidden states 13, 18 and 23 of a CLIP encoder with 24 blocks.
-_PAPER_LEVELS, _PAPER_DEPTH = (13, 18, 23), 24
+_PAPER_LEVELS = (13, 18, 23)
 
 
 def attach_vision_remember(
@@ -85,9 +83,9 @@ def detach_vision_remember(model: nn.Module) -> None:
     attachment.uninstall()
 
 
-def scaled_levels(depth: int) -> tuple[int, ...]:
-    """The paper's levels for an encoder of ``depth`` blocks."""
-    return tuple(sorted({max(1, math.floor(level * depth / _PAPER_DEPTH + 0.5)) for level in _PAPER_LEVELS}))
+def default_levels(depth: int) -> tuple[int, ...]:
+    """The paper's levels for an encoder of ``depth`` blocks; fewer where a shallow one has them fall together."""
+    return tuple(sorted(set(scale_levels(_PAPER_LEVELS, depth))))
 
 
 def _refuse_compiled(model: nn.Module) -> None:
@@ -114,7 +112,7 @@ def _build_tap(parts: HostParts, config: VisionRememberConfig) -> MultiLevelTap:
     blocks = find_module(parts.encoder, parts.encoder_spec.layers, "blocks")
     return MultiLevelTap(
         parts.encoder,
-        config.levels or scaled_levels(len(list(blocks.children()))),
+        config.levels or default_levels(len(list(blocks.children()))),
         saliency=config.saliency,
         saliency_level=config.saliency_level,
         variant=config.saliency_variant,

@@ -11,9 +11,9 @@ from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.processor import PlaceholderCount, count_placeholders
 from vision_remember.adapters.resolve import HostParts, resolve
 from vision_remember.adapters.spec import MLLMSpec
-from vision_remember.encoder import find_module
+from vision_remember.encoder import find_module, scale_levels
 from vision_remember.grid import Grid
-from vision_remember.projectors import Projector, build_projector
+from vision_remember.projectors import PROJECTORS, Projector, build_projector
 
 
 class CompressionHandle:
@@ -29,6 +29,10 @@ class CompressionHandle:
         self.token_grid = projector.out_grid(parts.feature_grid)
         self._model, self._path = parts.model, parts.spec.projector
         self._original = parts.projector
+        self._config: Any = parts.model.config
+        self._own_layer = getattr(self._config, "vision_feature_layer", None)
+        depth = len(list(find_module(parts.encoder, parts.encoder_spec.layers, "blocks").children()))
+        self._layer = list(scale_levels(projector.encoder_levels, depth)) or self._own_layer
         self._processor = processor
         self._count = None if processor is None else PlaceholderCount.read(processor)
 
@@ -37,6 +41,7 @@ class CompressionHandle:
         h, w = self.token_grid
         try:
             _replace(self._model, self._path, self.projector)
+            self._config.vision_feature_layer = self._layer
             if self._count is not None:
                 PlaceholderCount.for_tokens(h * w, self._processor).write(self._processor)
                 made = count_placeholders(self._processor)
@@ -60,6 +65,7 @@ class CompressionHandle:
 
     def _undo(self) -> None:
         _replace(self._model, self._path, self._original)
+        self._config.vision_feature_layer = self._own_layer
         if self._count is not None:
             self._count.write(self._processor)
 
@@ -120,9 +126,13 @@ def _build(parts: HostParts, name: str, ratio: int | None, out_grid: Grid | None
     if not weights:
         raise ValueError(f"{type(original).__name__} has no parameters to tell the features' width from")
     like = next(iter(weights.values()))
-    in_dim = _feature_width(parts)
+    in_dim = _level_width(parts, joined=not PROJECTORS[name].encoder_levels)
     projector = build_projector(name, in_dim, parts.hidden_size, ratio=ratio, out_grid=out_grid, **options)
     projector.out_grid(parts.feature_grid)  # its error, if any, before anything changes
+    if projector.encoder_levels and not hasattr(parts.model.config, "vision_feature_layer"):
+        raise ValueError(
+            f"projector {name!r} reads several encoder levels, which {type(parts.model).__name__} cannot give"
+        )
     own = projector.state_dict()
     kept = {key: value for key, value in original.state_dict().items() if key in own and own[key].shape == value.shape}
     projector.load_state_dict(copy.deepcopy(kept), strict=False)
@@ -132,11 +142,11 @@ def _build(parts: HostParts, name: str, ratio: int | None, out_grid: Grid | None
     return projector
 
 
-def _feature_width(parts: HostParts) -> int:
-    """C, width of what the projector is given: several encoder layers joined count once each."""
+def _level_width(parts: HostParts, *, joined: bool) -> int:
+    """C, width of one level; ``joined``: of what the host gives to its own projector, which may be several levels."""
     patches: Any = find_module(parts.encoder, parts.encoder_spec.patch_embedding, "patch embedding")
     layer = getattr(parts.model.config, "vision_feature_layer", -1)
-    return patches.out_channels * (1 if isinstance(layer, int) else len(layer))
+    return patches.out_channels * (len(layer) if joined and isinstance(layer, (list, tuple)) else 1)
 
 
 def _check_processor(parts: HostParts, processor: Any) -> None:

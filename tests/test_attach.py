@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from tests.fingerprint import Fingerprint
 from tests.hosts import DECODER_CONFIGS, ENCODER_CONFIGS, IMAGE_TOKEN, PAIRINGS, batch, build_llava, randomise
 from vision_remember import attach_vision_remember, compress_projector, detach_vision_remember
 from vision_remember.adapters import DECODERS, ENCODERS
-from vision_remember.adapters.attach import scaled_levels
+from vision_remember.adapters.attach import default_levels
 
 LAYERS = [1, 3]
 
@@ -118,10 +117,10 @@ def test_the_paper_preset_changes_the_output_at_once() -> None:
 
 
 def test_levels_are_scaled_to_the_encoder() -> None:
-    assert scaled_levels(24) == (13, 18, 23)
-    assert scaled_levels(27) == (15, 20, 26)
-    assert scaled_levels(6) == (3, 5, 6)
-    assert scaled_levels(1) == (1,)
+    assert default_levels(24) == (13, 18, 23)
+    assert default_levels(27) == (15, 20, 26)
+    assert default_levels(6) == (3, 5, 6)
+    assert default_levels(1) == (1,)
 
 
 def test_negative_levels_count_from_the_end() -> None:
@@ -226,19 +225,20 @@ def test_foreign_hooks_survive_attach_and_detach() -> None:
 
 
 def test_detaching_one_copy_leaves_the_other_attached() -> None:
-    gc.collect()  # models of other tests, attached and not yet collected, hold the class's method too
     model = build_llava()
     inputs = batch(model)
-    original = type(model.model).get_image_features
-    handle = attach_vision_remember(model, LAYERS)
-    randomise(handle)
+    plain = logits(model, **inputs)
+    randomise(attach_vision_remember(model, LAYERS))
     remembered = logits(model, **inputs)
     twin = copy.deepcopy(model)
     detach_vision_remember(model)
     assert torch.equal(logits(twin, **inputs), remembered)
-    assert type(model.model).get_image_features is not original
+    # generate() goes through the class's method, which the twin still needs.
+    ahead = twin.model.get_image_features(inputs["pixel_values"], return_dict=True)
+    text = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    assert torch.equal(logits(twin, **text, mm_encoder_outputs={"image": ahead}), remembered)
     detach_vision_remember(twin)
-    assert type(model.model).get_image_features is original
+    assert torch.equal(logits(twin, **inputs), plain)
 
 
 def test_a_compiled_model_remembers_without_more_graph_breaks() -> None:

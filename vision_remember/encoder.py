@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -39,6 +41,14 @@ class EncoderSpec:
     num_heads: str
     image_size: str = "config.image_size"
     pooling_head: str | None = None
+
+
+_PAPER_DEPTH = 24
+
+
+def scale_levels(levels: Sequence[int], depth: int) -> tuple[int, ...]:
+    """``hidden_states`` indices of a 24-block encoder, CLIP-L as the papers use it, for one of ``depth`` blocks."""
+    return tuple(max(1, math.floor(level * depth / _PAPER_DEPTH + 0.5)) for level in levels)
 
 
 def find(root: object, path: str) -> object:

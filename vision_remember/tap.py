@@ -165,7 +165,8 @@ class MultiLevelTap:
 
     def _blocks(self) -> nn.ModuleList:
         blocks = find_module(self.encoder, self.spec.layers, "blocks")
-        assert isinstance(blocks, nn.ModuleList)
+        if not isinstance(blocks, nn.ModuleList):
+            raise ValueError(f"{type(self.encoder).__name__}.{self.spec.layers}: expected a ModuleList of blocks")
         return blocks
 
     def _checked_levels(self, levels: tuple[int, ...]) -> tuple[int, ...]:
