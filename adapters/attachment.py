@@ -20,15 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vision_remember.adapters.packing import trace_packing
 from vision_remember.adapters.resolve import HostParts, projected_grid
-from vision_remember.adapters.transport import FeatureInterception, MemoryRows, rows_of, with_rows
+from vision_remember.adapters.transport import FeatureInterception, rows_of, with_rows
 from vision_remember.config import VisionRememberConfig
 from vision_remember.encoder import find_module
 from vision_remember.grid import Grid
-from vision_remember.layout import VisionLayout
-from vision_remember.memory import Recall, VisionMemory
+from vision_remember.memory import Recall, VisionMemory, spans
 from vision_remember.remember import VisionRemember
 from vision_remember.tap import MultiLevelTap
+from vision_remember.threads import RunStack
 
 NAME = "vision_remember"
 """The block's name in its decoder layer, and the keyword that carries the memory to it."""
@@ -60,6 +61,7 @@ class Attachment:
         self._layers = parts.layers
         self._image_token_id = parts.image_token_id
         self._feature_dim = feature_dim(parts, tap)
+        self._projections: RunStack[list[Tensor]] = RunStack()
         self._handles: list[RemovableHandle] = []
 
     def install(self, blocks: dict[int, VisionRemember]) -> None:
@@ -69,6 +71,8 @@ class Attachment:
             INTERCEPTION.add(self._base)
             setattr(self._base, SLOT, self)
             self._handles.append(self._base.register_forward_pre_hook(self.before_base, with_kwargs=True))
+            projector = find_module(self.model, self.spec.projector, "projector")
+            self._handles.append(projector.register_forward_hook(self._keep_projected))
             for index, block in blocks.items():
                 self._layers[index].add_module(NAME, block)
                 hook = self._layers[index].register_forward_pre_hook(before_layer, with_kwargs=True)
@@ -106,11 +110,11 @@ class Attachment:
         recall = self._recall(base, kwargs)
         return ((), {**kwargs, NAME: recall}) if recall is not None else None
 
-    def encode_ahead(self, get_image_features: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def encode_ahead(self, base: nn.Module, get_image_features: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``get_image_features`` outside a forward pass: the memory rides along in the output."""
         if not self.enabled:
-            return get_image_features(*args, **kwargs)
-        output, memory = self._encode(get_image_features, *args, **kwargs)
+            return get_image_features(base, *args, **kwargs)
+        output, memory = self._encode(base, get_image_features, *args, **kwargs)
         # A caller who asks for a tuple wants the features, not a forward pass with them.
         return output if isinstance(output, tuple) else with_rows(output, memory)
 
@@ -119,38 +123,51 @@ class Attachment:
         self.__dict__.update(state)
         INTERCEPTION.add(self._base)
 
-    def _encode(self, get_image_features: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, VisionMemory]:
-        with self.tap.record() as captured:
-            output = get_image_features(*args, **kwargs)
+    def _encode(
+        self, base: nn.Module, get_image_features: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> tuple[Any, VisionMemory]:
+        with self.tap.record() as captured, self._projections.running([]) as projections:
+            output = get_image_features(base, *args, **kwargs)
         features = captured.joined()
         # Inputs of a frozen encoder may require grad (activation checkpointing does that); its features need none, and
         # two checkpointed layers must not share a graph.
         if not any(parameter.requires_grad for parameter in self.tap.encoder.parameters()):
             features = features.detach()
         images = output[-1] if isinstance(output, tuple) else output.pooler_output
-        token_grid = self._token_grid(captured.grid, [len(image) for image in images], len(features))
-        return output, VisionMemory(features, captured.saliency, captured.grid, token_grid)
+        counts = [len(image) for image in images]
+        token_grid = self._token_grid(captured.grid, projections[-1])
+        slots, tiles = None, [1] * len(counts)
+        if not self.spec.plain:
+            encoder, projector = (path.rpartition(".")[2] for path in (self.spec.encoder, self.spec.projector))
+            returned = {encoder: captured.output, projector: projections[-1]}
+            packing = trace_packing(base, get_image_features, returned, projector, *args, **kwargs)
+            slots, tiles = packing.slots, packing.tiles
+        memory = VisionMemory(features, captured.saliency, captured.grid, token_grid, spans(counts, tiles), slots)
+        return output, memory
 
-    def _token_grid(self, feature_grid: Grid, counts: list[int], tiles: int) -> Grid:
+    def _token_grid(self, feature_grid: Grid, projected: Tensor) -> Grid:
         projector = find_module(self.model, self.spec.projector, "projector")
         h, w = self.config.token_grid or projected_grid(projector, feature_grid)
-        if counts != [h * w] * tiles:
+        if projected.shape[1] != h * w:
             raise ValueError(
-                f"the projector made {counts} vision tokens of {tiles} images, but token_grid={h}x{w} has {h * w} per "
-                "image; give the projector's grid to attach_vision_remember(model, token_grid=(rows, columns))"
+                f"the projector made {projected.shape[1]} vision tokens of a tile, but token_grid={h}x{w} has {h * w}; "
+                "give its grid to attach_vision_remember(model, token_grid=(rows, columns))"
             )
         return h, w
+
+    def _keep_projected(self, projector: nn.Module, args: Any, output: Tensor) -> None:
+        if (projections := self._projections.innermost()) is not None:
+            projections.append(output)
 
     def _recall(self, base: nn.Module, kwargs: dict[str, Any]) -> Recall | None:
         """The memory of a call and its layout. Encodes raw images, which it replaces in ``kwargs`` by the result."""
         encoded = kwargs.get("mm_encoder_outputs") or {}
         if kwargs.get("pixel_values") is not None and not encoded:
-            get_image_features = INTERCEPTION.original(base)
-            names = [name for name in inspect.signature(get_image_features).parameters if name in kwargs]
-            output, memory = self._encode(get_image_features, **{n: kwargs.pop(n) for n in names}, return_dict=True)
+            original = INTERCEPTION.original(base)
+            names = [name for name in inspect.signature(original).parameters if name in kwargs]
+            output, memory = self._encode(base, original, **{n: kwargs.pop(n) for n in names}, return_dict=True)
             kwargs["mm_encoder_outputs"] = {"image": output}
-            tiles = list(range(len(memory.features)))
-            return Recall(memory, self._layout_of_tiles(base, kwargs, tiles, memory.token_grid))
+            return memory.recall_images(range(len(memory.spans)), self._placeholders(base, kwargs))
         if encoded.get("image") is not None:
             rows = rows_of(encoded["image"])
             if rows is None:
@@ -158,43 +175,15 @@ class Attachment:
                     "these images were encoded without Vision Remember: call get_image_features after attaching, or "
                     "run inside `with vr.disabled():`"
                 )
-            return self._recall_rows(base, kwargs, rows)
+            memory, images = rows[0].memory, [row.whole_image for row in rows if row.whole_image is not None]
+            if len(images) == len(rows):
+                return memory.recall_images(images, self._placeholders(base, kwargs))
+            numbers = torch.cat([row.as_subclass(Tensor) for row in rows]).flatten()
+            return memory.recall_rows(numbers, self._placeholders(base, kwargs))
         if base.training and torch.is_grad_enabled():
-            return self._recall_nothing(base)
+            # Processes that train together must agree on which parameters take part in a step.
+            return VisionMemory.nothing(self._feature_dim, next(p for p in base.parameters() if p.is_floating_point()))
         return None
-
-    def _recall_rows(self, base: nn.Module, kwargs: dict[str, Any], rows: list[MemoryRows]) -> Recall:
-        memory = rows[0].memory
-        tiles = [row.whole_tile for row in rows if row.whole_tile is not None]
-        if len(tiles) == len(rows):
-            return Recall(memory.take(tiles), self._layout_of_tiles(base, kwargs, tiles, memory.token_grid))
-        # A chunk of a prefill holds any part of the tokens, and with beams several sequences hold the same ones: each
-        # sequence gets tiles of its own.
-        numbers = torch.cat([row.as_subclass(Tensor) for row in rows]).flatten()
-        mask = self._placeholders(base, kwargs)
-        positions = torch.nonzero_static(mask.flatten(), size=len(numbers)).squeeze(1)
-        h, w = memory.token_grid
-        count, sequences = len(memory.features), mask.shape[0]
-        slots = positions // mask.shape[1] * (count * h * w) + numbers
-        layout = VisionLayout(positions, slots, sequences * count, memory.token_grid)
-        return Recall(memory.take(list(range(count)) * sequences), layout)
-
-    def _recall_nothing(self, base: nn.Module) -> Recall:
-        """A memory of no image. In training the blocks run on it, so that their parameters take part in every step:
-        processes that train together must agree on that."""
-        like = next(p for p in base.parameters() if p.is_floating_point())
-        features = torch.zeros(0, 1, self._feature_dim, dtype=like.dtype, device=like.device)
-        positions = torch.zeros(0, dtype=torch.long, device=like.device)
-        return Recall(VisionMemory(features, None, (1, 1), (1, 1)), VisionLayout(positions, None, 0, (1, 1)))
-
-    def _layout_of_tiles(
-        self, base: nn.Module, kwargs: dict[str, Any], tiles: list[int], token_grid: Grid
-    ) -> VisionLayout:
-        """The layout of whole tiles: row i of the image tokens fills the i-th placeholder."""
-        # The count is known from shapes alone, so nothing has to wait for the device.
-        count = len(tiles) * token_grid[0] * token_grid[1]
-        positions = torch.nonzero_static(self._placeholders(base, kwargs).flatten(), size=count).squeeze(1)
-        return VisionLayout(positions, None, len(tiles), token_grid)
 
     def _placeholders(self, base: nn.Module, kwargs: dict[str, Any]) -> Tensor:
         """(B, S), where the image tokens go."""

@@ -42,6 +42,8 @@ class MLLMSpec:
         projector: the module between encoder and decoder.
         decoder: the language model whose layers are called with the keywords given to the base.
         image_token_id: the placeholder's token id.
+        plain: an image is one tile whose tokens follow in raster order, with nothing between them. Otherwise the order
+            is read off the host's own packing in each call.
         encoder_spec: for an encoder that is not in the table.
         decoder_spec: for a decoder that is not in the table.
     """
@@ -52,6 +54,7 @@ class MLLMSpec:
     projector: str = "model.multi_modal_projector"
     decoder: str = "model.language_model"
     image_token_id: str = "config.image_token_id"
+    plain: bool = False
     encoder_spec: EncoderSpec | None = None
     decoder_spec: DecoderSpec | None = None
 

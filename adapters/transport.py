@@ -23,21 +23,22 @@ METHOD = "get_image_features"
 
 
 class MemoryRows(Tensor):
-    """(n, 1) numbers of the image tokens of one tile, in a memory's order.
+    """(n, 1) numbers of the image tokens of one image, in a memory's order.
 
     Attributes:
         memory: the memory; whatever is made of the rows by slicing or joining still knows it.
-        whole_tile: the tile whose tokens these are, all and in order; None for rows made from others.
+        whole_image: the image whose tokens these are, all and in order; None for rows made from others.
     """
 
     memory: VisionMemory
-    whole_tile: int | None
+    whole_image: int | None
 
     @classmethod
-    def of(cls, memory: VisionMemory, tile: int, count: int, device: torch.device) -> MemoryRows:
-        """The rows of one tile with ``count`` tokens."""
-        rows = torch.arange(tile * count, (tile + 1) * count, device=device)[:, None].as_subclass(cls)
-        rows.memory, rows.whole_tile = memory, tile
+    def of(cls, memory: VisionMemory, image: int, device: torch.device) -> MemoryRows:
+        """The rows of one image."""
+        span = memory.spans[image].rows
+        rows = torch.arange(span.start, span.stop, device=device)[:, None].as_subclass(cls)
+        rows.memory, rows.whole_image = memory, image
         return rows
 
     def __deepcopy__(self, memo: Any) -> MemoryRows:
@@ -48,7 +49,7 @@ class MemoryRows(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs or {})
         if isinstance(result, cls) and "memory" not in result.__dict__:
-            result.memory, result.whole_tile = _source(args).memory, None
+            result.memory, result.whole_image = _source(args).memory, None
         return result
 
 
@@ -73,7 +74,7 @@ def _with_deepstack(cls: type[ModelOutput]) -> type[ModelOutput]:
 def with_rows(output: Any, memory: VisionMemory) -> ModelOutput:
     """The output of ``get_image_features``, with rows that lead back to ``memory``."""
     images = output.pooler_output
-    rows = [MemoryRows.of(memory, tile, len(image), image.device) for tile, image in enumerate(images)]
+    rows = [MemoryRows.of(memory, number, image.device) for number, image in enumerate(images)]
     fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
     cls: type[ModelOutput] = type(output)
     return _with_deepstack(cls)(**fields, deepstack_features=[rows])
@@ -122,8 +123,8 @@ class FeatureInterception:
                 setattr(cls, METHOD, original)
 
     def original(self, base: nn.Module) -> Callable[..., Any]:
-        """``base``'s own ``get_image_features``, bound."""
-        return functools.partial(next(self._originals[c] for c in type(base).__mro__ if c in self._originals), base)
+        """``get_image_features`` as ``base``'s class has it by itself, not bound."""
+        return next(self._originals[c] for c in type(base).__mro__ if c in self._originals)
 
     def _wrapper(self, original: Callable[..., Any]) -> Callable[..., Any]:
         slot = self._slot
@@ -133,6 +134,6 @@ class FeatureInterception:
             handler = self.__dict__.get(slot)
             if handler is None:
                 return original(self, *args, **kwargs)
-            return handler.encode_ahead(functools.partial(original, self), *args, **kwargs)
+            return handler.encode_ahead(self, original, *args, **kwargs)
 
         return get_image_features

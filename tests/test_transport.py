@@ -11,18 +11,19 @@ import torch
 from torch import nn
 
 from vision_remember.adapters.transport import FeatureInterception, MemoryRows
-from vision_remember.memory import VisionMemory
+from vision_remember.memory import Span, VisionMemory
 
-MEMORY = VisionMemory(torch.zeros(2, 4, 3), None, (2, 2), (2, 2))
-
-
-def rows(tile: int) -> MemoryRows:
-    return MemoryRows.of(MEMORY, tile, 4, torch.device("cpu"))
+SPANS = tuple(Span(range(4 * i, 4 * i + 4), range(i, i + 1)) for i in range(2))
+MEMORY = VisionMemory(torch.zeros(2, 4, 3), None, (2, 2), (2, 2), SPANS)
 
 
-def test_rows_number_the_tokens_of_their_tile() -> None:
+def rows(image: int) -> MemoryRows:
+    return MemoryRows.of(MEMORY, image, torch.device("cpu"))
+
+
+def test_rows_number_the_tokens_of_their_image() -> None:
     assert rows(1).flatten().tolist() == [4, 5, 6, 7]
-    assert rows(1).whole_tile == 1
+    assert rows(1).whole_image == 1
 
 
 @pytest.mark.parametrize(
@@ -37,10 +38,10 @@ def test_rows_number_the_tokens_of_their_tile() -> None:
         lambda r: torch.stack([r, r]).flatten(0, 1),
     ],
 )
-def test_what_is_made_of_rows_knows_the_memory_but_is_no_whole_tile(derive: Any) -> None:
+def test_what_is_made_of_rows_knows_the_memory_but_is_no_whole_image(derive: Any) -> None:
     derived = derive(rows(0))
     assert derived.memory is MEMORY
-    assert derived.whole_tile is None
+    assert derived.whole_image is None
 
 
 def test_rows_are_shared_by_copies() -> None:
@@ -59,8 +60,8 @@ class Derived(Base):
 
 
 class Handler:
-    def encode_ahead(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        return ("handled", original(*args, **kwargs))
+    def encode_ahead(self, base: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+        return ("handled", original(base, *args, **kwargs))
 
 
 @pytest.mark.parametrize("cls", [Base, Derived])
@@ -73,7 +74,7 @@ def test_the_method_is_wrapped_for_the_added_instances_and_put_back_after_the_la
         module._slot = Handler()
     assert first.get_image_features(3, scale=4) == ("handled", 12)
     assert other.get_image_features(3) == 6
-    assert interception.original(first)(5) == 10
+    assert interception.original(first)(first, 5) == 10
     assert list(inspect.signature(first.get_image_features).parameters) == ["pixels", "scale"]
     assert first.get_image_features.__doc__ == "Its own."
 

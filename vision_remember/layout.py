@@ -21,7 +21,8 @@ class VisionLayout:
     Attributes:
         positions: (N,), indices into the flattened (B*S) positions.
         slots: (N,), the token of the flattened (T*h*w) tokens that each position holds; None where they are simply all
-            tokens in order (N = T*h*w). A call may hold a part of the tokens, as chunked prefill does; none twice.
+            tokens in order (N = T*h*w). A call may hold a part of the tokens, as chunked prefill does; none twice. The
+            number T*h*w itself marks a position that holds no vision token and stays as it is.
         tiles: T.
         token_grid: (h, w) of each tile.
     """
@@ -36,13 +37,17 @@ class VisionLayout:
         h, w = self.token_grid
         tokens = hidden.flatten(0, 1).index_select(0, self.positions)
         if self.slots is not None:
-            tokens = tokens.new_zeros(self.tiles * h * w, hidden.shape[-1]).index_copy(0, self.slots, tokens)
+            # One more for the positions that hold no vision token.
+            filled = tokens.new_zeros(self.tiles * h * w + 1, hidden.shape[-1]).index_copy(0, self.slots, tokens)
+            tokens = filled[:-1]
         return tokens.reshape(self.tiles, h * w, hidden.shape[-1])
 
     def scatter(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """(B, S, D) and (T, h*w, D) -> (B, S, D), the vision positions replaced, all others as they were."""
-        tokens = tokens.flatten(0, 1)
+        flat, tokens = hidden.flatten(0, 1), tokens.flatten(0, 1)
         if self.slots is not None:
-            tokens = tokens.index_select(0, self.slots)
+            count = len(tokens)
+            held = tokens.index_select(0, self.slots.clamp(max=count - 1))
+            tokens = held.where((self.slots < count)[:, None], flat.index_select(0, self.positions))
         # Out of place: the hidden states may be a view or be needed by the backward pass.
-        return hidden.flatten(0, 1).index_copy(0, self.positions, tokens).view_as(hidden)
+        return flat.index_copy(0, self.positions, tokens).view_as(hidden)

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from vision_remember.grid import Grid
 from vision_remember.layout import VisionLayout
+
+
+@dataclass(frozen=True)
+class Span:
+    """One image, as the host hands it over.
+
+    Attributes:
+        rows: its image tokens, newlines and the like included, as a range over all images' tokens.
+        tiles: its tiles, as a range.
+    """
+
+    rows: range
+    tiles: range
+
+
+def spans(tokens: Sequence[int], tiles: Sequence[int]) -> tuple[Span, ...]:
+    """The spans of images one after the other, from the numbers of their image tokens and tiles."""
+    rows, cuts = ([0, *accumulate(counts)] for counts in (tokens, tiles))
+    return tuple(Span(range(rows[i], rows[i + 1]), range(cuts[i], cuts[i + 1])) for i in range(len(tokens)))
 
 
 @dataclass(frozen=True)
@@ -20,15 +41,81 @@ class VisionMemory:
         saliency: (T, H*W), or None.
         feature_grid: (H, W).
         token_grid: (h, w), the grid of the vision tokens that stand for a tile.
+        spans: the images.
+        slots: (R,) on the CPU: for each image token, the one of the T*h*w tokens of all tiles that it is, or -1 where
+            it stands for no part of the image. None where the image tokens are all tiles' tokens in order.
     """
 
     features: Tensor
     saliency: Tensor | None
     feature_grid: Grid
     token_grid: Grid
+    spans: tuple[Span, ...]
+    slots: Tensor | None = None
 
-    def take(self, tiles: list[int]) -> VisionMemory:
-        """The memory of these tiles, in this order, which may repeat some (beams) or leave some out."""
+    @property
+    def tile_tokens(self) -> int:
+        """h*w."""
+        return self.token_grid[0] * self.token_grid[1]
+
+    def recall_images(self, images: Sequence[int], placeholders: Tensor) -> Recall:
+        """The recall for whole images, which may repeat (beams).
+
+        Args:
+            images: numbers of the images whose tokens the placeholders take, in order.
+            placeholders: (B, S), where image tokens go.
+        """
+        spans = [self.spans[image] for image in images]
+        tiles = [tile for span in spans for tile in span.tiles]
+        # Counts are known from shapes alone, so nothing has to wait for the device.
+        positions = _positions(placeholders, sum(len(span.rows) for span in spans))
+        slots = None
+        if self.slots is not None:
+            kept, slots = self._place(spans)
+            device = placeholders.device
+            positions, slots = positions.index_select(0, kept.to(device)), slots.to(device)
+        return Recall(self._take(tiles), VisionLayout(positions, slots, len(tiles), self.token_grid))
+
+    def recall_rows(self, rows: Tensor, placeholders: Tensor) -> Recall:
+        """The recall for any part of the image tokens, as a chunk of a prefill holds them.
+
+        Args:
+            rows: (N,), numbers of the image tokens that the placeholders take, in order. With beams several sequences
+                hold the same ones, so each gets tiles of its own.
+            placeholders: (B, S), where image tokens go.
+        """
+        sequences, length = placeholders.shape
+        positions = _positions(placeholders, len(rows))
+        count = len(self.features)
+        slots = rows if self.slots is None else self.slots.to(rows.device)[rows]
+        own = positions // length * (count * self.tile_tokens) + slots
+        spare = sequences * count * self.tile_tokens
+        layout = VisionLayout(positions, own.where(slots >= 0, spare), sequences * count, self.token_grid)
+        return Recall(self._take(list(range(count)) * sequences), layout)
+
+    @classmethod
+    def nothing(cls, feature_dim: int, like: Tensor) -> Recall:
+        """A recall without any image, through which a block's parameters still take part in a training step."""
+        features = torch.zeros(0, 1, feature_dim, dtype=like.dtype, device=like.device)
+        positions = torch.zeros(0, dtype=torch.long, device=like.device)
+        return Recall(cls(features, None, (1, 1), (1, 1), ()), VisionLayout(positions, None, 0, (1, 1)))
+
+    def _place(self, spans: list[Span]) -> tuple[Tensor, Tensor]:
+        """Of all rows of ``spans`` in order, those that stand for cells, and their slots in the spans' tiles."""
+        assert self.slots is not None
+        kept, placed = [], []
+        first_row, first_tile = 0, 0
+        for span in spans:
+            slots = self.slots[span.rows.start : span.rows.stop]
+            inside = (slots >= 0).nonzero().squeeze(1)
+            kept.append(inside + first_row)
+            placed.append(slots[inside] + (first_tile - span.tiles.start) * self.tile_tokens)
+            first_row += len(span.rows)
+            first_tile += len(span.tiles)
+        return torch.cat(kept), torch.cat(placed)
+
+    def _take(self, tiles: list[int]) -> VisionMemory:
+        """The memory of these tiles, in this order."""
         if tiles == list(range(len(self.features))):
             return self
         saliency = None if self.saliency is None else self.saliency[tiles]
@@ -58,3 +145,8 @@ class Recall:
             saliency=None if memory.saliency is None else memory.saliency.to(hidden.device),
         )
         return self.layout.scatter(hidden, tokens)
+
+
+def _positions(placeholders: Tensor, count: int) -> Tensor:
+    """(count,), indices of the placeholders in the flattened sequences; row i of the image tokens fills the i-th."""
+    return torch.nonzero_static(placeholders.flatten(), size=count).squeeze(1)

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from vision_remember.encoder import EncoderSpec, find, find_module
 from vision_remember.grid import Grid, check_length
 from vision_remember.saliency import SALIENCY_VARIANTS, Center, cls_saliency
+from vision_remember.threads import RunStack
 
 SaliencySource = Literal["auto", "cls", "received", "map_head"]
 
@@ -27,11 +28,13 @@ class Captured:
     Attributes:
         level_features: one (B, H*W, C) per level, by ``hidden_states`` index.
         saliency: (B, H*W) in (0, 1), without gradient; None if not asked for.
+        output: what the encoder returned.
     """
 
     _order: tuple[int, ...]
     level_features: dict[int, Tensor] = field(default_factory=dict)
     saliency: Tensor | None = None
+    output: Any = None
     _grid: Grid | None = None
 
     @property
@@ -108,7 +111,7 @@ class MultiLevelTap:
         self._handles: list[RemovableHandle] = []
         self._installs = 0
         self._lock = threading.Lock()
-        self._local = threading.local()
+        self._runs: RunStack[Captured] = RunStack()
 
     def install(self) -> None:
         """Puts the hooks in place until the matching :meth:`remove`."""
@@ -139,29 +142,15 @@ class MultiLevelTap:
     @contextmanager
     def record(self) -> Iterator[Captured]:
         """:meth:`capture` for a tap that is installed already."""
-        captured = Captured(self.levels)
-        captures = self._captures()
-        captures.append(captured)
-        try:
+        with self._runs.running(Captured(self.levels)) as captured:
             yield captured
-        finally:
-            captures.pop()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Locks and thread-local storage can be neither copied nor pickled, and belong to this tap alone.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_local")}
+        # A lock can be neither copied nor pickled.
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock(), _local=threading.local())
-
-    def _captures(self) -> list[Captured]:
-        if not hasattr(self._local, "captures"):
-            self._local.captures = []
-        return self._local.captures
-
-    def _current(self) -> Captured | None:
-        captures = self._captures()
-        return captures[-1] if captures else None
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def _blocks(self) -> nn.ModuleList:
         blocks = find_module(self.encoder, self.spec.layers, "blocks")
@@ -185,6 +174,7 @@ class MultiLevelTap:
         blocks = self._blocks()
         patches = find_module(self.encoder, self.spec.patch_embedding, "patch embedding")
         handles = [patches.register_forward_hook(self._keep_grid)]
+        handles.append(self.encoder.register_forward_hook(self._keep_output))
         for level in self.levels:
             if level == 0:
                 handles.append(blocks[0].register_forward_pre_hook(self._keep_embeddings, with_kwargs=True))
@@ -200,14 +190,18 @@ class MultiLevelTap:
         return handles
 
     def _keep_grid(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if (captured := self._current()) is not None:
+        if (captured := self._runs.innermost()) is not None:
             captured._grid = (output.shape[-2], output.shape[-1])
+
+    def _keep_output(self, encoder: nn.Module, args: Any, output: Any) -> None:
+        if (captured := self._runs.innermost()) is not None:
+            captured.output = output
 
     def _keep_embeddings(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self._keep_level(0, _first_input(args, kwargs))
 
     def _keep_level(self, level: int, hidden: Tensor) -> None:
-        if (captured := self._current()) is not None:
+        if (captured := self._runs.innermost()) is not None:
             features = hidden[:, self.spec.prefix_tokens :]
             check_length(f"level {level}", features.shape[1], "the patch grid", captured.grid)
             captured.level_features[level] = features
@@ -219,7 +213,7 @@ class MultiLevelTap:
         Never with gradient: under activation checkpointing values from inside a block have none, and the map is a
         weight, not a path for learning.
         """
-        captured = self._current()
+        captured = self._runs.innermost()
         if captured is None:
             return
         hidden = _first_input(args, kwargs)
@@ -234,7 +228,7 @@ class MultiLevelTap:
 
     @torch.no_grad()
     def _keep_head_saliency(self, head: nn.Module, args: Any) -> None:
-        captured = self._current()
+        captured = self._runs.innermost()
         if captured is None:
             return
         attention: nn.MultiheadAttention = head.attention  # type: ignore[assignment]
