@@ -13,6 +13,7 @@ from vision_remember.adapters.resolve import HostParts, block_placement, resolve
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.config import VisionRememberConfig
 from vision_remember.encoder import find_module, scale_levels
+from vision_remember.interactions import interaction_options
 from vision_remember.remember import VisionRemember
 from vision_remember.tap import MultiLevelTap
 
@@ -131,7 +132,7 @@ def _completed(config: VisionRememberConfig, parts: HostParts, tap: MultiLevelTa
     cells = tuple(-(-of // by) for of, by in zip(parts.feature_grid, token_grid, strict=True))
     return config.replace(
         levels=tap.levels,
-        cells=config.cells or cells,
+        cells=config.cells or (cells if "cells" in interaction_options(config.interaction) else None),
         saliency=tap.saliency,
         saliency_level=tap.saliency_level if tap.saliency else None,
     )
@@ -140,9 +141,8 @@ def _completed(config: VisionRememberConfig, parts: HostParts, tap: MultiLevelTa
 def _build_block(parts: HostParts, config: VisionRememberConfig, tap: MultiLevelTap, index: int) -> VisionRemember:
     layer = parts.layers[index]
     device, dtype = block_placement(layer, parts.base)
-    block = VisionRemember(
-        parts.hidden_size, feature_dim(parts, tap), num_levels=len(tap.levels), **config.block_options()
-    ).to(device, dtype)
+    width, levels = feature_dim(parts, tap), len(tap.levels)
+    block = VisionRemember.from_config(config, parts.hidden_size, width, num_levels=levels).to(device, dtype)
     block.gradient_checkpointing = getattr(layer, "gradient_checkpointing", False)
     if block.gradient_checkpointing:
         block._gradient_checkpointing_func = layer._gradient_checkpointing_func  # type: ignore[assignment]

@@ -86,7 +86,7 @@ def compress_projector(
 ) -> CompressionHandle:
     """Swaps the projector of a multimodal model for one that makes fewer vision tokens, in place.
 
-    Weights of the model's own projector are copied where names and shapes agree, so that compressing LLaVA with
+    Where the new projector has the very layers of the model's own, their weights are copied: compressing LLaVA with
     "adaptive_avg_pool" keeps what its MLP learned and changes no parameter's name.
 
     Args:
@@ -110,6 +110,8 @@ def compress_projector(
         raise RuntimeError("compress the projector first, then attach Vision Remember: it reads the token grid")
     if (ratio is None) == (out_grid is None):
         raise ValueError(f"ratio={ratio}, out_grid={out_grid}: expected exactly one of the two")
+    if PROJECTORS[name].needs_text:
+        raise ValueError(f"projector {name!r} needs the question beside the image, which a host gives to no projector")
     parts = resolve(model, spec)
     if isinstance(parts.projector, Projector):
         raise RuntimeError("the projector is compressed already; restore() it first")
@@ -133,13 +135,16 @@ def _build(parts: HostParts, name: str, ratio: int | None, out_grid: Grid | None
         raise ValueError(
             f"projector {name!r} reads several encoder levels, which {type(parts.model).__name__} cannot give"
         )
-    own = projector.state_dict()
-    kept = {key: value for key, value in original.state_dict().items() if key in own and own[key].shape == value.shape}
-    projector.load_state_dict(copy.deepcopy(kept), strict=False)
-    projector.to(like.device, like.dtype).train(original.training)
-    for key, parameter in projector.named_parameters():
-        parameter.requires_grad_(weights[key].requires_grad if key in kept else True)
-    return projector
+    if _shapes(projector) == _shapes(original):
+        # Copies, so that training the new projector leaves the original to restore().
+        projector.load_state_dict(copy.deepcopy(original.state_dict()))
+        for key, parameter in projector.named_parameters():
+            parameter.requires_grad_(weights[key].requires_grad)
+    return projector.to(like.device, like.dtype).train(original.training)
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def _level_width(parts: HostParts, *, joined: bool) -> int:

@@ -8,7 +8,7 @@ tells where every token went.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import inspect
 import types
 from collections.abc import Callable
@@ -107,7 +107,7 @@ class _Returning:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # A fresh object each time: hosts write their result into the encoder's output.
-        return dataclasses.replace(self._value) if dataclasses.is_dataclass(self._value) else self._value
+        return copy.copy(self._value)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.message import Message
 from email.parser import Parser
@@ -25,9 +26,7 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = {name: ROOT / folder for name, folder in PYPROJECT["tool"]["setuptools"]["package-dir"].items()}
-NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist"
-)
+NEEDED_TO_BUILD = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "vision_remember", "adapters", "tests")
 
 LOCATE = """
 import importlib, json, sys
@@ -79,7 +78,12 @@ def run(*command: object, cwd: Path) -> None:
 
 
 def copy_of_sources(target: Path, *, with_link: bool = True) -> Path:
-    shutil.copytree(ROOT, target, symlinks=True, ignore=NOT_SOURCE)
+    target.mkdir()
+    for name in NEEDED_TO_BUILD:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, target)
     if not with_link:
         link = target / "vision_remember" / "adapters"
         link.unlink()
@@ -155,6 +159,16 @@ def test_wheel_holds_every_source_and_nothing_else(built: dict[str, Path], which
     assert sorted(shipped) == sorted(sources())
     assert not [name for name, path in sources().items() if shipped[name] != path.read_bytes()]
     assert "vision_remember/py.typed" in shipped
+
+
+def test_sdist_holds_the_sources(built: dict[str, Path]) -> None:
+    with tarfile.open(built["sdist"]) as sdist:
+        names = [
+            PurePosixPath(member.name).relative_to(built["sdist"].name.removesuffix(".tar.gz")) for member in sdist
+        ]
+    top = {name.parts[0] for name in names if name.parts}
+    assert top >= set(NEEDED_TO_BUILD) - {"tests"}
+    assert "tests" not in top
 
 
 @pytest.mark.parametrize("which", ["wheel", "sdist wheel"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,8 +14,16 @@ from vision_remember.registry import Registry, did_you_mean
 SaliencySource = Literal["auto", "cls", "received", "map_head"]
 
 _PAIRS = ("token_grid", "cells")
-_BLOCK_FIELDS = (
-    *("interaction", "attn_dim", "num_heads", "window", "position", "cells"),
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "position": ("specialised", "learned", "none"),
+    "feature_norm": ("per_level", "joint", "none"),
+    "query_layers": (1, 2),
+    "output_layers": (1, 2),
+    "saliency": ("auto", "cls", "received", "map_head", None),
+    "saliency_center": ("none", "mean", "zscore"),
+}
+_INTERACTION_FIELDS = (
+    *("attn_dim", "num_heads", "num_points", "window", "position", "cells"),
     *("feature_norm", "query_layers", "output_layers", "zero_init"),
 )
 
@@ -31,6 +40,7 @@ class VisionRememberConfig:
         interaction: an entry of ``INTERACTIONS``.
         attn_dim: width of the attention; "features" for the width of the joined levels.
         num_heads: attention heads.
+        num_points: places that deformable attention samples per head and level.
         window: side of the block of tokens that share a region.
         position: "specialised", "learned" or "none"; see :class:`vision_remember.SELA`.
         cells: cells per token that the position bias is laid out for.
@@ -53,6 +63,7 @@ class VisionRememberConfig:
     interaction: str = "sela"
     attn_dim: int | Literal["features"] | None = None
     num_heads: int | None = None
+    num_points: int | None = None
     window: int = 1
     position: Literal["specialised", "learned", "none"] = "specialised"
     cells: Grid | None = None
@@ -81,12 +92,17 @@ class VisionRememberConfig:
         for name in _PAIRS:
             if getattr(self, name) is not None:
                 check_grid(name, getattr(self, name))
-        if self.saliency not in ("auto", "cls", "received", "map_head", None):
-            raise ValueError(f"saliency={self.saliency!r}: expected 'auto', 'cls', 'received', 'map_head' or None")
-        if self.saliency_center not in ("none", "mean", "zscore"):
-            raise ValueError(f"saliency_center={self.saliency_center!r}: expected 'none', 'mean' or 'zscore'")
-        if not self.saliency_temperature > 0:
-            raise ValueError(f"saliency_temperature={self.saliency_temperature}: expected a positive number")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}")
+        for name in ("num_heads", "num_points", "window"):
+            _check_count(name, getattr(self, name))
+        if self.attn_dim != "features":
+            _check_count("attn_dim", self.attn_dim)
+        if not isinstance(self.saliency_level, (int, type(None))):
+            raise ValueError(f"saliency_level={self.saliency_level!r}: expected a hidden_states index or None")
+        if not isinstance(self.saliency_temperature, (int, float)) or not self.saliency_temperature > 0:
+            raise ValueError(f"saliency_temperature={self.saliency_temperature!r}: expected a positive number")
 
     @classmethod
     def from_preset(cls, name: str = "default", **overrides: Any) -> VisionRememberConfig:
@@ -126,9 +142,24 @@ class VisionRememberConfig:
         """The inverse of :meth:`to_json`."""
         return cls.from_dict(json.loads(text))
 
-    def block_options(self) -> dict[str, Any]:
-        """The fields that go to the constructor of :class:`vision_remember.VisionRemember`."""
-        return {name: value for name in _BLOCK_FIELDS if (value := getattr(self, name)) is not None}
+    def interaction_options(self, known: Collection[str]) -> dict[str, Any]:
+        """The fields that go to the constructor of the interaction.
+
+        Args:
+            known: the options that the interaction has. Fields that it lacks are left out while nobody set them.
+
+        Raises:
+            ValueError: a field was set that the interaction does not have.
+        """
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        options = {}
+        for name in _INTERACTION_FIELDS:
+            value = getattr(self, name)
+            if name in known and value is not None:
+                options[name] = value
+            elif name not in known and value != fields[name] and value != "none":
+                raise ValueError(f"{name}={value!r}: interaction {self.interaction!r} has no such option")
+        return options
 
 
 PRESETS: Registry[dict[str, Any]] = Registry(
@@ -152,8 +183,13 @@ PRESETS: Registry[dict[str, Any]] = Registry(
 )
 
 
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and not (isinstance(value, int) and value > 0):
+        raise ValueError(f"{name}={value!r}: expected a positive whole number or None")
+
+
 def _check_indices(name: str, indices: tuple[int, ...]) -> None:
-    if not indices or not all(isinstance(i, int) for i in indices):
+    if not isinstance(indices, tuple) or not indices or not all(isinstance(i, int) for i in indices):
         raise ValueError(f"{name}={indices!r}: expected at least one whole number")
     if len(set(indices)) < len(indices):
         raise ValueError(f"{name}={list(indices)}: an index is repeated")

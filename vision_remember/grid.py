@@ -10,7 +10,11 @@ Grid = tuple[int, int]
 
 def check_grid(name: str, grid: Grid) -> None:
     """Raises ValueError unless ``grid`` is a pair of positive whole numbers; ``name`` is for the message."""
-    if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
+    if (
+        not isinstance(grid, (tuple, list))
+        or len(grid) != 2
+        or not all(isinstance(side, int) and side > 0 for side in grid)
+    ):
         raise ValueError(f"{name}={grid!r}: expected a pair (rows, columns) of positive integers")
 
 

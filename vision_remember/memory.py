@@ -103,7 +103,9 @@ class VisionMemory:
     def _place(self, spans: list[Span]) -> tuple[Tensor, Tensor]:
         """Of all rows of ``spans`` in order, those that stand for cells, and their slots in the spans' tiles."""
         assert self.slots is not None
-        kept, placed = [], []
+        # Empty ones first: torch.cat refuses an empty list.
+        nothing = self.slots.new_zeros(0)
+        kept, placed = [nothing], [nothing]
         first_row, first_tile = 0, 0
         for span in spans:
             slots = self.slots[span.rows.start : span.rows.stop]

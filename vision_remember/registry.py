@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -37,8 +37,12 @@ class Registry(Mapping[str, T]):
         """
         # ValueError, not KeyError: a KeyError prints its message as a quoted repr, and the name came from a user.
         if name not in self._entries:
-            raise ValueError(f"unknown {self.kind} {name!r}: {did_you_mean(name, self._entries)}")
+            raise ValueError(f"unknown {self.kind} {name!r}: {did_you_mean(str(name), self._entries)}")
         return self._entries[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The entry called ``name``, or ``default``."""
+        return self._entries.get(name, default)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

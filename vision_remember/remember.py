@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vision_remember.config import VisionRememberConfig
 from vision_remember.grid import Grid
-from vision_remember.interactions import build_interaction
+from vision_remember.interactions import build_interaction, interaction_options
 
 _NORM_EPS = 1e-6
 
@@ -36,6 +37,18 @@ class VisionRemember(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(query_dim, eps=_NORM_EPS)
         self.interaction = build_interaction(interaction, query_dim, feature_dim, **options)
+
+    @classmethod
+    def from_config(
+        cls, config: VisionRememberConfig, query_dim: int, feature_dim: int, *, num_levels: int = 1
+    ) -> VisionRemember:
+        """The block that a configuration describes.
+
+        Raises:
+            ValueError: the configuration sets something that its interaction does not have.
+        """
+        options = config.interaction_options(interaction_options(config.interaction))
+        return cls(query_dim, feature_dim, interaction=config.interaction, num_levels=num_levels, **options)
 
     def prepare(self, features: Tensor, *, feature_grid: Grid, saliency: Tensor | None = None) -> Any:
         """The part of the work that needs the image alone; give the result to :meth:`forward` as ``features``."""

@@ -105,5 +105,5 @@ def _centered(logits: Tensor, center: Center) -> Tensor:
         raise ValueError(f"center={center!r}: expected 'none', 'mean' or 'zscore'")
     logits = logits - logits.mean((1, 2), keepdim=True)
     if center == "zscore":
-        logits = logits / (logits.mean(1, keepdim=True).std(-1, keepdim=True) + _EPS)
+        logits = logits / (logits.mean(1, keepdim=True).std(-1, unbiased=False, keepdim=True) + _EPS)
     return logits

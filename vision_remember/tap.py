@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vision_remember.encoder import EncoderSpec, find, find_module
 from vision_remember.grid import Grid, check_length
-from vision_remember.saliency import SALIENCY_VARIANTS, Center, cls_saliency
+from vision_remember.saliency import Center, cls_saliency
 from vision_remember.threads import RunStack
 
 SaliencySource = Literal["auto", "cls", "received", "map_head"]
@@ -106,8 +106,8 @@ class MultiLevelTap:
         (self.saliency_level,) = self._checked_levels((max(self.levels) if saliency_level is None else saliency_level,))
         if self.saliency in ("cls", "received") and self.saliency_level == 0:
             raise ValueError("saliency_level=0 are the embeddings; no attention leads to them, choose a level from 1")
-        SALIENCY_VARIANTS[variant]
         self._saliency_options: dict[str, Any] = {"variant": variant, "center": center, "temperature": temperature}
+        self._check_early()
         self._handles: list[RemovableHandle] = []
         self._installs = 0
         self._lock = threading.Lock()
@@ -157,6 +157,21 @@ class MultiLevelTap:
         if not isinstance(blocks, nn.ModuleList):
             raise ValueError(f"{type(self.encoder).__name__}.{self.spec.layers}: expected a ModuleList of blocks")
         return blocks
+
+    def _check_early(self) -> None:
+        """Raises ValueError for what would otherwise fail in the first run: options and names of the spec."""
+        cls_saliency(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1, 1), **self._saliency_options)
+        find_module(self.encoder, self.spec.patch_embedding, "patch embedding")
+        if self.saliency in ("cls", "received"):
+            block = self._blocks()[self.saliency_level - 1]
+            for path in (self.spec.norm, self.spec.query, self.spec.key):
+                find_module(block, path, "saliency")
+            try:
+                find(block, self.spec.num_heads)
+            except AttributeError:
+                raise ValueError(
+                    f"{type(block).__name__} has no {self.spec.num_heads!r}, its number of heads"
+                ) from None
 
     def _checked_levels(self, levels: tuple[int, ...]) -> tuple[int, ...]:
         outside = [level for level in levels if not -self.depth - 1 <= level <= self.depth]

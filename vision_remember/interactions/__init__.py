@@ -6,6 +6,8 @@ import inspect
 from typing import Any
 
 from vision_remember.interactions.base import Interaction
+from vision_remember.interactions.deformable import DeformableAttention
+from vision_remember.interactions.global_attention import GlobalAttention
 from vision_remember.interactions.sela import SELA
 from vision_remember.registry import Registry, did_you_mean
 
@@ -13,6 +15,8 @@ INTERACTIONS: Registry[type[Interaction[Any]]] = Registry(
     "interaction",
     {
         "sela": SELA,
+        "deformable": DeformableAttention,
+        "global": GlobalAttention,
     },
 )
 
@@ -29,12 +33,25 @@ def build_interaction(name: str, query_dim: int, feature_dim: int, **options: An
     Raises:
         ValueError: an unknown name or option; the message suggests the closest one.
     """
-    cls = INTERACTIONS[name]
-    known = [p for p in inspect.signature(cls).parameters if p not in ("query_dim", "feature_dim")]
+    known = interaction_options(name)
     for option in options:
         if option not in known:
             raise ValueError(f"interaction {name!r} has no option {option!r}: {did_you_mean(option, known)}")
-    return cls(query_dim, feature_dim, **options)
+    return INTERACTIONS[name](query_dim, feature_dim, **options)
 
 
-__all__ = ["INTERACTIONS", "SELA", "Interaction", "build_interaction"]
+def interaction_options(name: str) -> list[str]:
+    """The options of the interaction called ``name``."""
+    parameters = inspect.signature(INTERACTIONS[name]).parameters
+    return [option for option in parameters if option not in ("query_dim", "feature_dim")]
+
+
+__all__ = [
+    "INTERACTIONS",
+    "SELA",
+    "DeformableAttention",
+    "GlobalAttention",
+    "Interaction",
+    "build_interaction",
+    "interaction_options",
+]

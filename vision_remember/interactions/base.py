@@ -14,7 +14,7 @@ P = TypeVar("P")
 class Interaction(nn.Module, Generic[P]):
     """Base of all interactions.
 
-    A subclass implements :meth:`prepare`, which holds all work that depends on the image alone, and :meth:`attend`.
+    A subclass implements :meth:`project`, which holds all work that depends on the image alone, and :meth:`attend`.
 
     Args:
         query_dim: D, width of the tokens.
@@ -33,7 +33,20 @@ class Interaction(nn.Module, Generic[P]):
             features: (B, H*W, C), raster order, the levels joined on channels.
             feature_grid: (H, W).
             saliency: (B, H*W), or None for no saliency.
+
+        Raises:
+            ValueError: shapes and grids that do not fit together.
         """
+        check_grid("feature_grid", feature_grid)
+        check_length("features", features.shape[1], "feature_grid", feature_grid)
+        if features.shape[2] != self.feature_dim:
+            raise ValueError(f"features {tuple(features.shape)}: expected width feature_dim={self.feature_dim}")
+        if saliency is not None and saliency.shape != features.shape[:2]:
+            raise ValueError(f"saliency {tuple(saliency.shape)}: expected (B, H*W) = {tuple(features.shape[:2])}")
+        return self.project(features, saliency)
+
+    def project(self, features: Tensor, saliency: Tensor | None) -> P:
+        """:meth:`prepare` after its checks."""
         raise NotImplementedError
 
     def attend(self, tokens: Tensor, prepared: P, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
@@ -69,18 +82,9 @@ class Interaction(nn.Module, Generic[P]):
         if tokens.shape[2] != self.query_dim:
             raise ValueError(f"tokens {tuple(tokens.shape)}: expected width query_dim={self.query_dim}")
         if isinstance(features, Tensor):
-            self._check_features(features, feature_grid, saliency)
             if features.shape[0] != tokens.shape[0]:
                 raise ValueError(f"{tokens.shape[0]} token grids, but features of {features.shape[0]} images")
             features = self.prepare(features, feature_grid=feature_grid, saliency=saliency)
         elif saliency is not None:
             raise ValueError("saliency was given beside prepared features; give it to prepare() instead")
         return self.attend(tokens, features, token_grid=token_grid, feature_grid=feature_grid)
-
-    def _check_features(self, features: Tensor, feature_grid: Grid, saliency: Tensor | None) -> None:
-        check_grid("feature_grid", feature_grid)
-        check_length("features", features.shape[1], "feature_grid", feature_grid)
-        if features.shape[2] != self.feature_dim:
-            raise ValueError(f"features {tuple(features.shape)}: expected width feature_dim={self.feature_dim}")
-        if saliency is not None and saliency.shape != features.shape[:2]:
-            raise ValueError(f"saliency {tuple(saliency.shape)}: expected (B, H*W) = {tuple(features.shape[:2])}")

@@ -38,30 +38,27 @@ def deformable_sample(values: Sequence[Tensor], locations: Tensor, weights: Tens
     # grid_sample counts from -1 to 1; heads join the batch, since each looks at places of its own.
     places = (2 * locations.to(dtype) - 1).transpose(1, 2).flatten(0, 1)  # (B*heads, N, levels, points, 2)
     shares = weights.to(dtype).transpose(1, 2).flatten(0, 1).unsqueeze(1)  # (B*heads, 1, N, levels, points)
-    total = None
+    parts = []
     for level, (value, grid) in enumerate(zip(values, grids, strict=True)):
-        cells = value.to(dtype).permute(0, 2, 3, 1).reshape(batch * heads, -1, *grid)  # (B*heads, d, H, W)
+        cells = value.to(dtype).permute(0, 2, 3, 1).reshape(batch * heads, value.shape[-1], *grid)  # (B*heads, d, H, W)
         read = F.grid_sample(cells, places[:, :, level], mode="bilinear", padding_mode="zeros", align_corners=False)
-        part = (read * shares[:, :, :, level]).sum(-1)  # (B*heads, d, N)
-        total = part if total is None else total + part
-    assert total is not None  # there is a level, as checked
-    return total.reshape(batch, heads, -1, queries).permute(0, 3, 1, 2).to(values[0].dtype)
+        parts.append((read * shares[:, :, :, level]).sum(-1))  # (B*heads, d, N)
+    sampled = sum(parts[1:], start=parts[0])
+    return sampled.reshape(batch, heads, values[0].shape[-1], queries).permute(0, 3, 1, 2).to(values[0].dtype)
 
 
 def _check(values: Sequence[Tensor], locations: Tensor, weights: Tensor, grids: Sequence[Grid]) -> None:
     if not values or len(values) != len(grids):
         raise ValueError(f"{len(values)} levels of values and {len(grids)} grids: expected as many, at least one")
-    if values[0].ndim != 4 or any(v.shape[::2] != values[0].shape[::2] or v.ndim != 4 for v in values):
-        raise ValueError(f"values {[tuple(v.shape) for v in values]}: expected (B, H*W, heads, d), alike up to H*W")
-    batch, _, heads, dim = values[0].shape
-    if any(value.shape[3] != dim or value.dtype != values[0].dtype for value in values):
-        found = [(tuple(value.shape), value.dtype) for value in values]
-        raise ValueError(f"values {found}: expected one width d and one dtype for all levels")
+    if values[0].ndim != 4 or len({(value.shape[0], value.shape[2:], value.dtype) for value in values}) > 1:
+        found = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in values)
+        raise ValueError(f"values {found}: expected (B, H*W, heads, d), only H*W differing from level to level")
     for level, (value, grid) in enumerate(zip(values, grids, strict=True)):
         check_grid(f"grids[{level}]", grid)
         check_length(f"values[{level}]", value.shape[1], f"grids[{level}]", grid)
+    batch, _, heads, _ = values[0].shape
     shape = tuple(locations.shape)
     if len(shape) != 6 or (shape[0], *shape[2:4], shape[5]) != (batch, heads, len(values), 2):
         raise ValueError(f"locations {shape}: expected (B={batch}, N, heads={heads}, levels={len(values)}, points, 2)")
     if tuple(weights.shape) != shape[:-1]:
-        raise ValueError(f"weights {tuple(weights.shape)}: expected the locations' shape without the last, {shape[:-1]}")
+        raise ValueError(f"weights {tuple(weights.shape)}: expected {shape[:-1]}, one per location")

@@ -8,12 +8,37 @@ from typing import Any
 from vision_remember.grid import Grid
 from vision_remember.projectors.adaptive_avg_pool import AdaptiveAvgPool
 from vision_remember.projectors.base import Projector
+from vision_remember.projectors.c_abstractor import CAbstractor
+from vision_remember.projectors.d_abstractor import DAbstractor
+from vision_remember.projectors.deformable_pool import DeformablePool
+from vision_remember.projectors.ldp import LDP, LDPv2
+from vision_remember.projectors.matryoshka import Matryoshka
+from vision_remember.projectors.mlp import MLP
+from vision_remember.projectors.pixel_shuffle import PixelShuffle
+from vision_remember.projectors.qformer import QFormer
+from vision_remember.projectors.quecc import QueCC
+from vision_remember.projectors.resampler import Resampler
+from vision_remember.projectors.stf import STF
+from vision_remember.projectors.token_packer import TokenPacker
 from vision_remember.registry import Registry, did_you_mean
 
 PROJECTORS: Registry[type[Projector]] = Registry(
     "projector",
     {
         "adaptive_avg_pool": AdaptiveAvgPool,
+        "c_abstractor": CAbstractor,
+        "d_abstractor": DAbstractor,
+        "deformable_pool": DeformablePool,
+        "ldp": LDP,
+        "ldpv2": LDPv2,
+        "matryoshka": Matryoshka,
+        "mlp": MLP,
+        "pixel_shuffle": PixelShuffle,
+        "qformer": QFormer,
+        "quecc": QueCC,
+        "resampler": Resampler,
+        "stf": STF,
+        "token_packer": TokenPacker,
     },
 )
 
@@ -47,4 +72,23 @@ def projector_name(projector: Projector) -> str:
     return next(name for name, cls in PROJECTORS.items() if cls is type(projector))
 
 
-__all__ = ["PROJECTORS", "AdaptiveAvgPool", "Projector", "build_projector", "projector_name"]
+__all__ = [
+    "LDP",
+    "MLP",
+    "PROJECTORS",
+    "STF",
+    "AdaptiveAvgPool",
+    "CAbstractor",
+    "DAbstractor",
+    "DeformablePool",
+    "LDPv2",
+    "Matryoshka",
+    "PixelShuffle",
+    "Projector",
+    "QFormer",
+    "QueCC",
+    "Resampler",
+    "TokenPacker",
+    "build_projector",
+    "projector_name",
+]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vision_remember.grid import Grid
-from vision_remember.projectors.base import Projector
+from vision_remember.projectors.mlp import MLPProjector
 
 
-class AdaptiveAvgPool(Projector):
+def average_pooled(features: Tensor, grid: Grid, out_grid: Grid) -> Tensor:
+    """(B, H*W, C) on ``grid`` -> (B, h*w, C): the mean of the cells under each token, equal blocks or not."""
+    cells = features.transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
+    return F.adaptive_avg_pool2d(cells, out_grid).flatten(2).transpose(1, 2)
+
+
+class AdaptiveAvgPool(MLPProjector):
     """Averages the features under each token, then maps them to the decoder's width.
 
     Its layers are named like those of LLaVA's projector, so that a LLaVA checkpoint's projector loads into it.
@@ -25,28 +29,5 @@ class AdaptiveAvgPool(Projector):
         bias: whether the linear layers have a bias.
     """
 
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        *,
-        ratio: int | None = None,
-        out_grid: Grid | None = None,
-        act: Literal["gelu", "gelu_tanh"] = "gelu",
-        bias: bool = True,
-    ) -> None:
-        super().__init__(in_dim, out_dim, ratio=ratio, out_grid=out_grid)
-        if act not in ("gelu", "gelu_tanh"):
-            raise ValueError(f"act={act!r}: expected 'gelu' or 'gelu_tanh'")
-        self.linear_1 = nn.Linear(in_dim, out_dim, bias=bias)
-        self.act = nn.GELU(approximate="tanh" if act == "gelu_tanh" else "none")
-        self.linear_2 = nn.Linear(out_dim, out_dim, bias=bias)
-
-    def options(self) -> dict[str, Any]:
-        act = "gelu_tanh" if self.act.approximate == "tanh" else "gelu"
-        return {**super().options(), "act": act, "bias": self.linear_1.bias is not None}
-
     def project(self, features: Tensor, grid: Grid, out_grid: Grid) -> Tensor:
-        cells = features.transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
-        pooled = F.adaptive_avg_pool2d(cells, out_grid).flatten(2).transpose(1, 2)
-        return self.linear_2(self.act(self.linear_1(pooled)))
+        return self.mlp(average_pooled(features, grid, out_grid))

@@ -31,6 +31,9 @@ class Projector(nn.Module):
     spatial: ClassVar[bool] = True
     """Whether token (i, j) stands for the cells under it. Otherwise the tokens have no order in the image."""
 
+    needs_text: ClassVar[bool] = False
+    """Whether ``forward`` also needs ``text``, a vector of the question to each image."""
+
     def __init__(self, in_dim: int, out_dim: int, *, ratio: int | None = None, out_grid: Grid | None = None) -> None:
         super().__init__()
         if ratio is not None and out_grid is not None:
@@ -75,11 +78,16 @@ class Projector(nn.Module):
         Raises:
             ValueError: features that do not fill the grid, or of another width.
         """
+        grid = self.checked_grid(features, grid)
+        return self.project(features, grid, self.out_grid(grid))
+
+    def checked_grid(self, features: Tensor, grid: Grid | None) -> Grid:
+        """The grid of ``features``, which are checked; see :meth:`forward`."""
         if features.ndim != 3 or features.shape[2] != self.feature_dim:
             raise ValueError(f"features {tuple(features.shape)}: expected (B, H*W, {self.feature_dim})")
         grid = grid or square_grid(features.shape[1])
         check_length("features", features.shape[1], "grid", grid)
-        return self.project(features, grid, self.out_grid(grid))
+        return grid
 
     def project(self, features: Tensor, grid: Grid, out_grid: Grid) -> Tensor:
         """(B, H*W, feature_dim) on ``grid`` -> (B, h*w, D) on ``out_grid``."""

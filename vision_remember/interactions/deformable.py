@@ -1,0 +1,135 @@
+"""Deformable cross-attention: each token reads a few places of its choice on each level (Deformable DETR, eq. 3)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vision_remember.grid import Grid
+from vision_remember.interactions.base import Interaction
+from vision_remember.interactions.parts import (
+    FeatureNorm,
+    LevelNorm,
+    attention_width,
+    head_count,
+    projection,
+    zero_last,
+)
+from vision_remember.ops import deformable_sample
+
+
+class PreparedLevels(NamedTuple):
+    """Values of an image.
+
+    Attributes:
+        values: (B, levels, H*W, heads, d), saliency already multiplied in.
+    """
+
+    values: Tensor
+
+
+class DeformableAttention(Interaction[PreparedLevels]):
+    """Samples each level at learned offsets around the middle of the token's cells.
+
+    An offset of one is a quarter of the token's span, so that with r = 2 the four cells under a token lie at offsets of
+    one. Heads start in evenly spaced directions, their points one step after the other, whatever the token is.
+
+    Args:
+        query_dim: D, width of the tokens.
+        feature_dim: C, width of the features, all levels joined.
+        attn_dim: width of the values; "features" for C; None for D, at most 1024.
+        num_heads: heads; None for heads of 64 channels (16 where the width is below 512).
+        num_points: places per head and level.
+        num_levels: encoder levels joined in the features.
+        feature_norm: layer norm over each level's channels, over all channels ("joint"), or none.
+        query_layers: 1: offsets and weights are linear in the token; 2: an MLP with GELU comes first.
+        output_layers: 1 for a linear output projection, 2 for an MLP with GELU.
+        zero_init: start the last output layer at zero, so that the update is exactly zero.
+
+    Raises:
+        ValueError: a width that the heads do not divide, or an unknown option.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        feature_dim: int,
+        *,
+        attn_dim: int | Literal["features"] | None = None,
+        num_heads: int | None = None,
+        num_points: int = 4,
+        num_levels: int = 1,
+        feature_norm: FeatureNorm = "per_level",
+        query_layers: Literal[1, 2] = 1,
+        output_layers: Literal[1, 2] = 1,
+        zero_init: bool = True,
+    ) -> None:
+        super().__init__(query_dim, feature_dim)
+        if num_points < 1:
+            raise ValueError(f"num_points={num_points}: expected a positive number")
+        self.attn_dim = attention_width(attn_dim, query_dim, feature_dim)
+        self.num_heads = head_count(num_heads, self.attn_dim)
+        self.num_points, self.num_levels = num_points, num_levels
+        self.norm = LevelNorm(feature_dim, num_levels, feature_norm)
+        if query_layers not in (1, 2):
+            raise ValueError(f"{query_layers} layers in a projection: expected 1 or 2")
+        hidden = query_dim if query_layers == 1 else self.attn_dim
+        self.vr_query = nn.Identity() if query_layers == 1 else nn.Sequential(nn.Linear(query_dim, hidden), nn.GELU())
+        places = self.num_heads * num_levels * num_points
+        self.vr_offsets = nn.Linear(hidden, 2 * places)
+        self.vr_weights = nn.Linear(hidden, places)
+        self.vr_values = nn.ModuleList(
+            nn.Linear(feature_dim // num_levels, self.attn_dim, bias=False) for _ in range(num_levels)
+        )
+        self.vr_out = projection(self.attn_dim, query_dim, output_layers)
+        self._start(zero_init)
+
+    def project(self, features: Tensor, saliency: Tensor | None) -> PreparedLevels:
+        """Values of the cells, level by level; see :meth:`Interaction.prepare`."""
+        levels = self.norm(features).chunk(self.num_levels, dim=-1)
+        values = torch.stack([project(level) for project, level in zip(self.vr_values, levels, strict=True)], dim=1)
+        if saliency is not None:
+            values = values * saliency[:, None, :, None].to(values.dtype)
+        return PreparedLevels(values.unflatten(-1, (self.num_heads, self.attn_dim // self.num_heads)))
+
+    def attend(self, tokens: Tensor, prepared: PreparedLevels, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
+        """The weighted sum of the sampled values; see :meth:`Interaction.attend`."""
+        places = (self.num_heads, self.num_levels, self.num_points)
+        query = self.vr_query(tokens)
+        weights = self.vr_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1).unflatten(-1, places[1:])
+        h, w = token_grid
+        # float32: half precision is too coarse for a place on a large grid.
+        offsets = self.vr_offsets(query).to(torch.promote_types(query.dtype, torch.float32)).unflatten(-1, (*places, 2))
+        centres = _centres(token_grid, like=offsets)[:, None, None, None]
+        locations = centres + offsets / offsets.new_tensor([4 * w, 4 * h])
+        read = deformable_sample(prepared.values.unbind(1), locations, weights, grids=[feature_grid] * self.num_levels)
+        return self.vr_out(read.flatten(2))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}, width={self.attn_dim}, points={self.num_points}"
+
+    @torch.no_grad()
+    def _start(self, zero_init: bool) -> None:
+        nn.init.zeros_(self.vr_offsets.weight)
+        nn.init.zeros_(self.vr_weights.weight)
+        nn.init.zeros_(self.vr_weights.bias)
+        # Half a step off the axes, so that four heads point at the four cells of r = 2.
+        angles = (torch.arange(self.num_heads) + 0.5) * (2 * math.pi / self.num_heads)
+        directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, self.num_points + 1)[:, None]
+        start = (directions[:, None, None] * steps).expand(-1, self.num_levels, -1, -1)
+        self.vr_offsets.bias.copy_(start.flatten())
+        if zero_init:
+            zero_last(self.vr_out)
+
+
+def _centres(grid: Grid, like: Tensor) -> Tensor:
+    """(h*w, 2), the middle of each token as (x, y) in fractions of the image."""
+    h, w = grid
+    y = (torch.arange(h, dtype=like.dtype, device=like.device) + 0.5) / h
+    x = (torch.arange(w, dtype=like.dtype, device=like.device) + 0.5) / w
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)

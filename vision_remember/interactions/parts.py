@@ -1,0 +1,84 @@
+"""What interactions share: widths, norms of the features, projections."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FeatureNorm = Literal["per_level", "joint", "none"]
+
+_MAX_DEFAULT_WIDTH = 1024
+
+
+class LevelNorm(nn.Module):
+    """Layer norm of joined levels, over each level's channels or over all.
+
+    It has no weights of its own: the projections that follow would absorb them.
+
+    Args:
+        feature_dim: C, width of the features, all levels joined.
+        num_levels: levels joined in them.
+        kind: "per_level", "joint" or "none".
+
+    Raises:
+        ValueError: levels of unequal width, or an unknown kind.
+    """
+
+    def __init__(self, feature_dim: int, num_levels: int, kind: FeatureNorm) -> None:
+        super().__init__()
+        if num_levels < 1 or feature_dim % num_levels:
+            raise ValueError(f"num_levels={num_levels} must divide feature_dim={feature_dim}")
+        if kind not in ("per_level", "joint", "none"):
+            raise ValueError(f"feature_norm={kind!r}: expected 'per_level', 'joint' or 'none'")
+        self.groups = {"per_level": num_levels, "joint": 1, "none": 0}[kind]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        if not self.groups:
+            return features
+        width = features.shape[-1] // self.groups
+        return F.layer_norm(features.unflatten(-1, (self.groups, width)), (width,)).flatten(-2)
+
+
+def attention_width(attn_dim: int | Literal["features"] | None, query_dim: int, feature_dim: int) -> int:
+    """The width that an ``attn_dim`` option means: "features" for C, None for D, at most 1024."""
+    if attn_dim == "features":
+        return feature_dim
+    return attn_dim or min(query_dim, _MAX_DEFAULT_WIDTH)
+
+
+def head_count(num_heads: int | None, width: int) -> int:
+    """``num_heads``; None for as many as leave at least 64 channels each (16 in an attention narrower than 512).
+
+    Raises:
+        ValueError: the heads do not divide the width.
+    """
+    if num_heads is None:
+        num_heads = max(1, width // (64 if width >= 512 else 16))
+        while width % num_heads:
+            num_heads -= 1
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"num_heads={num_heads} must divide the attention width {width}")
+    return num_heads
+
+
+def projection(in_dim: int, out_dim: int, layers: int) -> nn.Linear | nn.Sequential:
+    """One linear layer, or two with GELU between them."""
+    if layers == 1:
+        return nn.Linear(in_dim, out_dim)
+    if layers == 2:
+        return nn.Sequential(nn.Linear(in_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim))
+    raise ValueError(f"{layers} layers in a projection: expected 1 or 2")
+
+
+def zero_last(module: nn.Linear | nn.Sequential) -> None:
+    """Sets weight and bias of a projection's last layer to zero, so that its output is exactly zero."""
+    for parameter in list(module.parameters())[-2:]:
+        nn.init.zeros_(parameter)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, width) -> (B, heads, N, d)."""
+    return x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2)
