@@ -22,7 +22,7 @@ FOLDERS = {CORE: ROOT / "vision_remember", ADAPTERS: ROOT / "adapters"}
 OUTSIDE = {name: ROOT / name for name in ("examples", "benchmarks", "tests")}
 
 # the core's libraries, and those that one room may know besides them
-CORE_LIBRARIES = {"torch", "einops"}
+CORE_LIBRARIES = {"torch"}
 ROOM_LIBRARIES = {"vision_remember.ops": {"triton"}}
 ADAPTER_LIBRARIES = {*CORE_LIBRARIES, "transformers", "safetensors", "huggingface_hub", "numpy"}
 
