@@ -205,7 +205,7 @@ class K:
     assert ADAPTER_MODULES
 
 
-def test_core_knows_torch_and_einops_alone() -> None:
+def test_core_knows_torch_alone() -> None:
     wrong = []
     for module in CORE_MODULES:
         room = {library for name, extra in ROOM_LIBRARIES.items() if within(module.name, name) for library in extra}
@@ -344,7 +344,7 @@ def test_importing_the_core_changes_nothing() -> None:
 
 
 def test_core_works_without_the_optional_libraries() -> None:
-    """Every core module imports with torch and einops alone; a GPU kernel may miss its compiler."""
+    """Every core module imports with torch alone; a GPU kernel may miss its compiler."""
     modules = [module.name for module in CORE_MODULES if not module.name.endswith("__main__")]
     code = f"""
 import importlib, sys
