@@ -115,6 +115,10 @@ def compress_projector(
     parts = resolve(model, spec)
     if isinstance(parts.projector, Projector):
         raise RuntimeError("the projector is compressed already; restore() it first")
+    if not parts.spec.plain:
+        raise ValueError(
+            f"{type(parts.model).__name__} packs tiles of the encoder's own grid; it cannot be compressed yet"
+        )
     if processor is not None:
         _check_processor(parts, processor)
     handle = CompressionHandle(parts, _build(parts, name, ratio, out_grid, options), processor)

@@ -1,4 +1,4 @@
-"""Writes the tables of ``docs/projectors.md``: ``python docs/make_projector_table.py``, with ``--check`` to compare only.
+"""Writes the tables of ``docs/projectors.md``; with ``--check`` it only says whether they are up to date.
 
 Every entry of ``PROJECTORS`` is built and run on the meta device, so that the page says what the code does. What code
 cannot know about itself, where a projector comes from, is in ``SOURCES``.
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vision_remember import PROJECTORS, build_projector
@@ -137,7 +138,8 @@ def served(name: str, grid: Grid) -> str:
 
 def multiply_adds(projector: Projector) -> int:
     """Those of matrix products and convolutions, for one image on the first grid."""
-    with FlopCounterMode(display=False) as counter:
+    # Other kernels are not known to the counter of every torch version.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         forward(projector, GRIDS[0])
     return counter.get_total_flops() // 2
 
