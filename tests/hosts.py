@@ -24,10 +24,13 @@ _DECODER = {
 }
 
 DECODER_CONFIGS: dict[str, Any] = {
+    "gemma2": lambda: hf.Gemma2Config(**_DECODER, head_dim=12, query_pre_attn_scalar=12),
     "llama": lambda: hf.LlamaConfig(**_DECODER),
+    "mistral": lambda: hf.MistralConfig(**_DECODER),
     "phi": lambda: hf.PhiConfig(**{**_DECODER, "num_key_value_heads": 4}),
     "phi3": lambda: hf.Phi3Config(**_DECODER),
     "qwen2": lambda: hf.Qwen2Config(**_DECODER),
+    "qwen3": lambda: hf.Qwen3Config(**_DECODER, head_dim=12),
 }
 
 _ENCODER = {
