@@ -8,7 +8,8 @@ PYTEST_ARGS ?=
 PY := $(VENV)/bin/python
 INSTALLING := $(VENV)/.installing
 INSTALLED := $(VENV)/.installed
-PYTEST := $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+# One thread per worker: more of them wait for each other, and the suite takes ten times as long.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c

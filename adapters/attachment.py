@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vision_remember.adapters.activation_checkpointing import refuse_reentrant
 from vision_remember.adapters.packing import trace_packing
 from vision_remember.adapters.resolve import HostParts, projected_grid
 from vision_remember.adapters.transport import FeatureInterception, rows_of, with_rows
@@ -133,6 +134,8 @@ class Attachment:
         # two checkpointed layers must not share a graph.
         if not any(parameter.requires_grad for parameter in self.tap.encoder.parameters()):
             features = features.detach()
+        elif features.requires_grad:
+            refuse_reentrant(self._layers[index] for index in self.config.layers)
         images = output[-1] if isinstance(output, tuple) else output.pooler_output
         counts = [len(image) for image in images]
         token_grid = self._token_grid(captured.grid, projections[-1])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 
 IMAGE_TOKEN, PAD_TOKEN, VOCABULARY = 90, 0, 99
 
@@ -120,3 +122,19 @@ def randomise(handle: Any, *, std: float = 0.3, seed: int = 1) -> None:
     with torch.no_grad():
         for parameter in handle.module.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * std)
+
+
+def skip_if_the_host_fails(way: str) -> None:
+    """Skips what this version of transformers gets wrong for the host alone."""
+    since = {"chunked prefill": "5.23"}.get(way)
+    if since is not None and Version(hf.__version__) < Version(since):
+        pytest.skip(f"{way} of LLaVA alone is wrong before transformers {since}")
+
+
+def set_checkpointing(model: Any, *, use_reentrant: bool | None) -> None:
+    """Switches activation checkpointing on, or off for None, by the name that this version of transformers has."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if use_reentrant is None:
+        getattr(model, f"{kind}_checkpointing_disable")()
+    else:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": use_reentrant})

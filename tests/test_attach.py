@@ -251,7 +251,11 @@ def test_a_compiled_model_remembers_without_more_graph_breaks() -> None:
         with torch._dynamo.config.patch(capture_scalar_outputs=True):
             return torch._dynamo.explain(model)(**inputs).graph_break_count
 
-    plain = breaks()
+    try:
+        plain = breaks()
+        logits(torch.compile(model, backend="eager"), **inputs)
+    except Exception as error:
+        pytest.skip(f"torch {torch.__version__} cannot compile the host alone: {type(error).__name__}")
     handle = attach_vision_remember(model, LAYERS)
     randomise(handle)
     assert breaks() == plain

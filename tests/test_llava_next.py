@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from tests.fingerprint import Fingerprint
-from tests.hosts import DECODER_CONFIGS, ENCODER_CONFIGS, IMAGE_TOKEN, randomise
+from tests.hosts import DECODER_CONFIGS, ENCODER_CONFIGS, IMAGE_TOKEN, randomise, skip_if_the_host_fails
 from vision_remember import attach_vision_remember, compress_projector, detach_vision_remember
 
 SIDE = {"clip": 32, "siglip": 28}
@@ -136,6 +136,8 @@ def test_every_token_finds_the_cells_that_made_it(sizes: list[tuple[int, int]]) 
     [{}, {"use_cache": False}, {"prefill_chunk_size": 9}, {"num_beams": 3}, {"cache_implementation": "static"}],
 )
 def test_generate_equals_the_samples_one_by_one(options: dict[str, Any]) -> None:
+    if "prefill_chunk_size" in options:
+        skip_if_the_host_fails("chunked prefill")
     model = build()
     randomise(attach_vision_remember(model, [1, 3]))
     common = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": [IMAGE_TOKEN], **options}
