@@ -25,6 +25,6 @@ def refuse_reentrant(layers: Iterable[nn.Module]) -> None:
         active = getattr(layer, "gradient_checkpointing", False) and layer.training
         if active and getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
             raise RuntimeError(
-                "before transformers 5.23, re-entrant activation checkpointing would lose gradients of a vision encoder "
-                "that trains: enable it with use_reentrant=False, freeze the encoder, or update transformers"
+                "before transformers 5.23, re-entrant activation checkpointing would lose gradients of an encoder that "
+                "trains: enable it with use_reentrant=False, freeze the encoder, or update transformers"
             )
