@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vision_remember.adapters.activation_checkpointing import refuse_reentrant
-from vision_remember.adapters.packing import trace_packing
+from vision_remember.adapters.packing import recorded_outputs, trace_packing
 from vision_remember.adapters.resolve import HostParts, projected_grid
 from vision_remember.adapters.transport import FeatureInterception, rows_of, with_rows
 from vision_remember.config import VisionRememberConfig
@@ -30,7 +31,6 @@ from vision_remember.grid import Grid
 from vision_remember.memory import Recall, VisionMemory, spans
 from vision_remember.remember import VisionRemember
 from vision_remember.tap import MultiLevelTap
-from vision_remember.threads import RunStack
 
 NAME = "vision_remember"
 """The block's name in its decoder layer, and the keyword that carries the memory to it."""
@@ -62,7 +62,6 @@ class Attachment:
         self._layers = parts.layers
         self._image_token_id = parts.image_token_id
         self._feature_dim = feature_dim(parts, tap)
-        self._projections: RunStack[list[Tensor]] = RunStack()
         self._handles: list[RemovableHandle] = []
 
     def install(self, blocks: dict[int, VisionRemember]) -> None:
@@ -72,8 +71,6 @@ class Attachment:
             INTERCEPTION.add(self._base)
             setattr(self._base, SLOT, self)
             self._handles.append(self._base.register_forward_pre_hook(self.before_base, with_kwargs=True))
-            projector = find_module(self.model, self.spec.projector, "projector")
-            self._handles.append(projector.register_forward_hook(self._keep_projected))
             for index, block in blocks.items():
                 self._layers[index].add_module(NAME, block)
                 hook = self._layers[index].register_forward_pre_hook(before_layer, with_kwargs=True)
@@ -127,7 +124,11 @@ class Attachment:
     def _encode(
         self, base: nn.Module, get_image_features: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> tuple[Any, VisionMemory]:
-        with self.tap.record() as captured, self._projections.running([]) as projections:
+        projector = find_module(self.model, self.spec.projector, "projector")
+        outputs: AbstractContextManager[list[Tensor]] = (
+            nullcontext([]) if self.spec.plain else recorded_outputs(projector)
+        )
+        with self.tap.record() as captured, outputs as projected:
             output = get_image_features(base, *args, **kwargs)
         features = captured.joined()
         # Inputs of a frozen encoder may require grad (activation checkpointing does that); its features need none, and
@@ -138,29 +139,20 @@ class Attachment:
             refuse_reentrant(self._layers[index] for index in self.config.layers)
         images = output[-1] if isinstance(output, tuple) else output.pooler_output
         counts = [len(image) for image in images]
-        token_grid = self._token_grid(captured.grid, projections[-1])
-        slots, tiles = None, [1] * len(counts)
-        if not self.spec.plain:
-            encoder, projector = (path.rpartition(".")[2] for path in (self.spec.encoder, self.spec.projector))
-            returned = {encoder: captured.output, projector: projections[-1]}
-            packing = trace_packing(base, get_image_features, returned, projector, *args, **kwargs)
+        token_grid = self.config.token_grid or projected_grid(projector, captured.grid)
+        if self.spec.plain:
+            slots, tiles = None, [1] * len(counts)
+            _check_tokens(counts, token_grid)
+        else:
+            _check_tokens([tile.shape[0] for tile in projected[-1]], token_grid)
+            encoder_name, projector_name = (
+                path.rpartition(".")[2] for path in (self.spec.encoder, self.spec.projector)
+            )
+            returned = {encoder_name: captured.output, projector_name: projected[-1]}
+            packing = trace_packing(base, get_image_features, returned, projector_name, *args, **kwargs)
             slots, tiles = packing.slots, packing.tiles
         memory = VisionMemory(features, captured.saliency, captured.grid, token_grid, spans(counts, tiles), slots)
         return output, memory
-
-    def _token_grid(self, feature_grid: Grid, projected: Tensor) -> Grid:
-        projector = find_module(self.model, self.spec.projector, "projector")
-        h, w = self.config.token_grid or projected_grid(projector, feature_grid)
-        if projected.shape[1] != h * w:
-            raise ValueError(
-                f"the projector made {projected.shape[1]} vision tokens of a tile, but token_grid={h}x{w} has {h * w}; "
-                "give its grid to attach_vision_remember(model, token_grid=(rows, columns))"
-            )
-        return h, w
-
-    def _keep_projected(self, projector: nn.Module, args: Any, output: Tensor) -> None:
-        if (projections := self._projections.innermost()) is not None:
-            projections.append(output)
 
     def _recall(self, base: nn.Module, kwargs: dict[str, Any]) -> Recall | None:
         """The memory of a call and its layout. Encodes raw images, which it replaces in ``kwargs`` by the result."""
@@ -209,6 +201,17 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if args:
         return (recall.through(block, args[0]), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": recall.through(block, kwargs["hidden_states"])}
+
+
+def _check_tokens(counts: list[int], token_grid: Grid) -> None:
+    """Raises ValueError unless every tile has the tokens of its grid."""
+    h, w = token_grid
+    wrong = [count for count in counts if count != h * w]
+    if wrong:
+        raise ValueError(
+            f"the projector made {wrong[0]} vision tokens of a tile, but token_grid={h}x{w} has {h * w}; give its grid "
+            "to attach_vision_remember(model, token_grid=(rows, columns))"
+        )
 
 
 def feature_dim(parts: HostParts, tap: MultiLevelTap) -> int:

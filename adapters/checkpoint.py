@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vision_remember.adapters.attachment import Attachment
 from vision_remember.adapters.model_card import model_card
-from vision_remember.adapters.resolve import HostParts, model_type_of
+from vision_remember.adapters.resolve import HostParts, model_type_of, trained_copy
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.config import VisionRememberConfig
 from vision_remember.projectors import Projector, projector_name
@@ -50,7 +50,7 @@ class SavedAdapter:
 
 def adapter_modules(attachment: Attachment, projector: nn.Module) -> dict[str, nn.Module]:
     """The modules whose weights an adapter holds, by their prefix."""
-    modules = {f"vision_remember.{index}": block for index, block in attachment.blocks().items()}
+    modules = {f"vision_remember.{index}": trained_copy(block) for index, block in attachment.blocks().items()}
     return {**modules, "projector": projector} if isinstance(projector, Projector) else modules
 
 
@@ -70,7 +70,7 @@ def describe_base(parts: HostParts) -> dict[str, Any]:
 
 def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.PathLike[str]) -> None:
     """Writes an adapter folder; files are written aside and then renamed, so that none is ever half there."""
-    projector = parts.projector
+    projector = trained_copy(parts.projector)
     swapped = {"name": projector_name(projector), **projector.options()} if isinstance(projector, Projector) else None
     description = {
         "format": _FORMAT,

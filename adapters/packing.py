@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +85,26 @@ def _tiles_per_image(images: list[Tensor], tiles: int, per_tile: int) -> list[in
     """Tiles follow the order of the images: an image ends with the tile of its last token, the last image with all."""
     stops = [int(image.max()) // per_tile + 1 for image in images[:-1]] + [tiles]
     return [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+@contextmanager
+def recorded_outputs(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What ``module`` returns in this thread inside the ``with``.
+
+    The hook stays for this one call: a module may be wrapped or copied at any time, and a copy must not take it along.
+    """
+    outputs: list[Tensor] = []
+    thread = threading.get_ident()
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        if threading.get_ident() == thread:
+            outputs.append(output)
+
+    handle = module.register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 class _StandIn:

@@ -65,6 +65,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model if get_base_model is None else get_base_model()
 
 
+def trained_copy(module: nn.Module) -> nn.Module:
+    """The copy that PEFT trains of a module named in its ``modules_to_save``; any other module as it is."""
+    copies = getattr(module, "modules_to_save", None)
+    return copies[module.active_adapter] if isinstance(copies, nn.ModuleDict) else module  # type: ignore[index]
+
+
 def resolve(model: nn.Module, spec: MLLMSpec | None = None) -> HostParts:
     """The parts of a host.
 

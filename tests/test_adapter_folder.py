@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tests.hosts import PAIRINGS, batch, build_llava, image_side, randomise
 from tests.processors import llava_processor
 from vision_remember import attach_vision_remember, compress_projector, load_vision_remember
 
+PROJECTOR = "multi_modal_projector"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -77,6 +79,41 @@ def test_saving_again_replaces_the_files(folder: Path) -> None:
     handle.save_pretrained(folder)
     assert (load_file(folder / WEIGHTS)["vision_remember.1.norm.weight"] == 7).all()
     assert len(list(folder.iterdir())) == 3
+
+
+class Wrapper(torch.nn.Module):
+    """What PEFT puts in place of a module that it trains a copy of."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = torch.nn.ModuleDict({"mine": copy.deepcopy(module)})
+        self.active_adapter = "mine"
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.modules_to_save[self.active_adapter](*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.original_module, name)
+
+
+def test_what_peft_trains_is_what_is_saved(tmp_path: Path) -> None:
+    model, handle = trained()
+    layers = model.model.language_model.layers
+    for parent, name in ((layers[1], "vision_remember"), (layers[3], "vision_remember"), (model.model, PROJECTOR)):
+        parent._modules[name] = Wrapper(parent._modules[name])
+        with torch.no_grad():
+            for parameter in parent._modules[name].modules_to_save.parameters():
+                parameter.add_(0.1)
+    handle.save_pretrained(tmp_path)
+    twin, processor = fresh()
+    load_vision_remember(twin, tmp_path, processor)
+    inputs = batch(model)
+    with torch.no_grad():
+        assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
 
 
 def test_the_card_says_how_to_load_the_adapter(folder: Path) -> None:
