@@ -48,7 +48,7 @@ class SavedAdapter:
     tensors: dict[str, Tensor]
 
 
-def adapter_modules(attachment: Attachment, projector: nn.Module) -> dict[str, nn.Module]:
+def adapter_modules(attachment: Attachment, projector: nn.Module | None) -> dict[str, nn.Module]:
     """The modules whose weights an adapter holds, by their prefix."""
     modules = {f"vision_remember.{index}": trained_copy(block) for index, block in attachment.blocks().items()}
     return {**modules, "projector": projector} if isinstance(projector, Projector) else modules
@@ -60,7 +60,7 @@ def describe_base(parts: HostParts) -> dict[str, Any]:
     return {
         "class": type(parts.model).__name__,
         "encoder": model_type_of(parts.encoder),
-        "feature_grid": list(parts.feature_grid),
+        "feature_grid": list(parts.feature_grid) if parts.feature_grid else None,
         "decoder": model_type_of(parts.decoder),
         "decoder_layers": len(parts.layers),
         "hidden_size": parts.hidden_size,
@@ -70,7 +70,7 @@ def describe_base(parts: HostParts) -> dict[str, Any]:
 
 def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.PathLike[str]) -> None:
     """Writes an adapter folder; files are written aside and then renamed, so that none is ever half there."""
-    projector = trained_copy(parts.projector)
+    projector = None if parts.projector is None else trained_copy(parts.projector)
     swapped = {"name": projector_name(projector), **projector.options()} if isinstance(projector, Projector) else None
     description = {
         "format": _FORMAT,

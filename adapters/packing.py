@@ -39,8 +39,7 @@ class Packing:
 def trace_packing(
     base: nn.Module,
     get_image_features: Callable[..., Any],
-    returned: dict[str, Any],
-    projector: str,
+    recorded: tuple[dict[str, Any], str],
     *args: Any,
     **kwargs: Any,
 ) -> Packing:
@@ -49,15 +48,15 @@ def trace_packing(
     Args:
         base: the module that the method belongs to.
         get_image_features: the method, not bound.
-        returned: what ``base``'s children returned in the call, by attribute: the encoder's output and the projector's,
-            (T, n, D).
-        projector: which of them is the projector.
+        recorded: what ``base``'s children returned in the call, by attribute: the encoder's output and the projector's,
+            (T, n, D); and which of them is the projector.
         *args: of the call.
         **kwargs: of the call.
 
     Raises:
         ValueError: the tokens are not packed one for one (interpolated, for example).
     """
+    returned, projector = recorded
     projected: Tensor = returned[projector]
     tiles, per_tile, width = projected.shape
     # float64 is exact for any number of tokens and survives code that is made for features.
