@@ -118,7 +118,7 @@ class Attachment:
         """An encoding method outside a forward pass: the memory rides along in the output."""
         if not self.enabled or self._encoding.running:
             return method(base, *args, **kwargs)
-        output, memory = self._encoding.run(base, method, *args, **kwargs)
+        output, memory = self._encoding.run(base, method, modality, *args, **kwargs)
         # A caller who asks for a tuple wants the features, not a forward pass with them.
         return output if isinstance(output, tuple) else with_rows(output, memory)
 
@@ -140,7 +140,7 @@ class Attachment:
                 method = INTERCEPTION.original(base, modality)
                 arguments = {name: kwargs[name] for name in inspect.signature(method).parameters if name in kwargs}
                 used.update(arguments)
-                encoded[modality], known = self._encoding.run(base, method, **arguments, return_dict=True)
+                encoded[modality], known = self._encoding.run(base, method, modality, **arguments, return_dict=True)
                 places = placeholders(base, kwargs, token)
                 recalls += [memory.recall_images(range(len(memory.spans)), places) for memory in known]
         # Only now: modalities may share arguments.

@@ -14,7 +14,7 @@ from vision_remember.adapters.packing import recorded_outputs, trace_packing
 from vision_remember.adapters.resolve import projected_grid
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.encoder import find_module
-from vision_remember.grid import Grid
+from vision_remember.grid import Grid, token_grid_over
 from vision_remember.memory import Tiles, VisionMemory, memories, spans
 from vision_remember.tap import Captured, CapturedGroup, MultiLevelTap
 from vision_remember.threads import RunStack
@@ -45,13 +45,14 @@ class Encoding:
         return self._running.innermost() is not None
 
     def run(
-        self, base: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any
+        self, base: nn.Module, method: Callable[..., Any], modality: str, *args: Any, **kwargs: Any
     ) -> tuple[Any, tuple[VisionMemory, ...]]:
         """What the host's method returns, and the memories of it.
 
         Args:
             base: the host's module.
             method: its method, not bound.
+            modality: "image" or "video".
             *args: of the method.
             **kwargs: of the method.
         """
@@ -69,9 +70,14 @@ class Encoding:
         if self._spec.plain:
             slots, tiles = None, _tiles_of(counts, groups, grids)
         else:
-            _check_tokens([tile.shape[0] for tile in projected[-1]], grids[0])
-            packing = trace_packing(base, method, self._returned(captured, projected[-1]), *args, **kwargs)
-            slots, tiles = packing.slots, packing.tiles
+            per_tile = projected[-1].shape[1]
+            if modality == "video" and per_tile != grids[0][0] * grids[0][1]:
+                # Hosts pool frames before their projector.
+                grids = [token_grid_over(groups[0].grid, per_tile) or grids[0]]
+            _check_tokens([per_tile], grids[0])
+            recorded = self._returned(captured, projected[-1])
+            packing = trace_packing(base, method, recorded, grids[0], *args, **kwargs)
+            slots, tiles, grids = packing.slots, packing.tiles, [packing.token_grid or grids[0]]
         sizes = [self._tiles(group, grid) for group, grid in zip(groups, grids, strict=True)]
         return output, memories(sizes, spans(counts, tiles), slots)
 
