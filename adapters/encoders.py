@@ -1,4 +1,4 @@
-"""The table of vision encoders."""
+"""The table of vision encoders: those whose modules do not tell all. Any other is described by its modules."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from torch import nn
 
 from vision_remember.adapters.clip import CLIP
 from vision_remember.adapters.describe import describe_encoder
+from vision_remember.adapters.qwen_vit import QWEN2_5_VIT, QWEN2_VIT
 from vision_remember.adapters.siglip import SIGLIP
 from vision_remember.encoder import EncoderSpec
 from vision_remember.registry import Registry
 
-ENCODERS: Registry[EncoderSpec] = Registry("encoder", {spec.name: spec for spec in (CLIP, SIGLIP)})
+ENCODERS: Registry[EncoderSpec] = Registry(
+    "encoder", {spec.name: spec for spec in (CLIP, SIGLIP, QWEN2_VIT, QWEN2_5_VIT)}
+)
 
 
 def known_encoder(encoder: nn.Module) -> EncoderSpec | None:
