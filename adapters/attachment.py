@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vision_remember.adapters.encoding import Encoding, placeholders
+from vision_remember.adapters.encoding import Encoding
+from vision_remember.adapters.own_forward import OwnForward
 from vision_remember.adapters.resolve import HostParts
+from vision_remember.adapters.tokens import placeholders
 from vision_remember.adapters.transport import FeatureInterception, rows_of, with_rows, without_rows
 from vision_remember.config import VisionRememberConfig
 from vision_remember.encoder import find_module, level_width
@@ -66,6 +68,11 @@ class Attachment:
         layers = [parts.layers[index] for index in config.layers]
         self._encoding = Encoding(parts.model, parts.spec, tap, config.token_grid, layers)
         self._feature_dim = feature_dim(parts, tap)
+        self._decoder = parts.decoder
+        takes = inspect.signature(type(parts.base).forward).parameters
+        self._own_forward = (
+            None if "mm_encoder_outputs" in takes else OwnForward(self._encoding, self._token_ids, NAME, self._nothing)
+        )
         self._handles: list[RemovableHandle] = []
 
     def install(self, blocks: dict[int, VisionRemember]) -> None:
@@ -74,7 +81,10 @@ class Attachment:
             self.tap.install()
             INTERCEPTION.add(self._base)
             setattr(self._base, SLOT, self)
-            self._handles.append(self._base.register_forward_pre_hook(self.before_base, with_kwargs=True))
+            if self._own_forward is None:
+                self._handles.append(self._base.register_forward_pre_hook(self.before_base, with_kwargs=True))
+            else:
+                self._handles += self._own_forward.register(self._base, self._decoder)
             for index, block in blocks.items():
                 self._layers[index].add_module(NAME, block)
                 hook = self._layers[index].register_forward_pre_hook(before_layer, with_kwargs=True)
@@ -115,9 +125,13 @@ class Attachment:
     def encode_ahead(
         self, base: nn.Module, method: Callable[..., Any], modality: str, *args: Any, **kwargs: Any
     ) -> Any:
-        """An encoding method outside a forward pass: the memory rides along in the output."""
+        """An encoding method called by anyone but us: outside a forward pass the memory rides along in the output."""
         if not self.enabled or self._encoding.running:
             return method(base, *args, **kwargs)
+        if self._own_forward is not None:
+            if not self._own_forward.running:
+                return method(base, *args, **kwargs)
+            return self._own_forward.encode(base, method, modality, *args, **kwargs)
         output, memory = self._encoding.run(base, method, modality, *args, **kwargs)
         # A caller who asks for a tuple wants the features, not a forward pass with them.
         return output if isinstance(output, tuple) else with_rows(output, memory)
@@ -149,10 +163,14 @@ class Attachment:
         if recalls:
             kwargs["mm_encoder_outputs"] = encoded
             return Recall.joined(recalls)
-        if base.training and torch.is_grad_enabled():
-            # Processes that train together must agree on which parameters take part in a step.
-            return VisionMemory.nothing(self._feature_dim, next(p for p in base.parameters() if p.is_floating_point()))
-        return None
+        return self._nothing(base)
+
+    def _nothing(self, module: nn.Module) -> Recall | None:
+        """The recall of a training step without images; outside training None."""
+        if not (self.enabled and module.training and torch.is_grad_enabled()):
+            return None
+        # Processes that train together must agree on which parameters take part in a step.
+        return VisionMemory.nothing(self._feature_dim, next(p for p in module.parameters() if p.is_floating_point()))
 
 
 def _recall_encoded(output: Any, places: Tensor) -> Recall:
