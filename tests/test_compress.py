@@ -220,8 +220,10 @@ def test_a_processor_that_stops_counting_keeps_the_budget(monkeypatch: pytest.Mo
     model, processor = real_sized("clip")
     handle = compress_projector(model, processor, "matryoshka", ratio=4)
     monkeypatch.setattr(type(processor), "replace_image_token", lambda self, *_, **__: self.image_token * 144)
+    counts = dict(processor.__dict__)
     with pytest.raises(ValueError, match="the processor emits 144 image tokens, the projector 36"):
         handle.set_budget(36)
+    assert dict(processor.__dict__) == counts
     assert (handle.projector.budget, handle.token_grid) == (None, (12, 12))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor, nn
 
@@ -90,6 +90,32 @@ class VisionRemember(nn.Module):
         """The part of the work that needs the image alone; give the result to :meth:`forward` as ``features``."""
         saliency = None if saliency is None else self._cast(saliency)
         return self.interaction.prepare(self._cast_features(features), feature_grid=feature_grid, saliency=saliency)
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        features: Any,
+        *,
+        token_grid: Grid,
+        feature_grid: Grid,
+        saliency: Tensor | None = None,
+        text: Tensor | None = None,
+        present: Tensor | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        tokens: Sequence[Tensor],
+        features: Sequence[Any],
+        *,
+        token_grid: Sequence[Grid],
+        feature_grid: Sequence[Grid],
+        saliency: Sequence[Tensor | None] | None = None,
+        text: Sequence[Tensor | None] | None = None,
+        present: Sequence[Tensor | None] | None = None,
+    ) -> list[Tensor]: ...
 
     def forward(
         self,
