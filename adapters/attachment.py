@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vision_remember.adapters.activation_checkpointing import refuse_reentrant
+from vision_remember.adapters.idle_parameters import join_idle_parameters
 from vision_remember.adapters.packing import recorded_outputs, trace_packing
 from vision_remember.adapters.resolve import HostParts, projected_grid
 from vision_remember.adapters.transport import FeatureInterception, rows_of, with_rows
@@ -177,7 +179,11 @@ class Attachment:
             return memory.recall_rows(numbers, self._placeholders(base, kwargs))
         if base.training and torch.is_grad_enabled():
             # Processes that train together must agree on which parameters take part in a step.
-            return VisionMemory.nothing(self._feature_dim, next(p for p in base.parameters() if p.is_floating_point()))
+            like = next(p for p in base.parameters() if p.is_floating_point())
+            recall = VisionMemory.nothing(self._feature_dim, like)
+            projector = find_module(self.model, self.spec.projector, "projector")
+            features = join_idle_parameters(recall.memory.features, (projector, self.tap.encoder))
+            return replace(recall, memory=replace(recall.memory, features=features))
         return None
 
     def _placeholders(self, base: nn.Module, kwargs: dict[str, Any]) -> Tensor:

@@ -18,6 +18,7 @@ from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.load import restore_vision_remember
 from vision_remember.adapters.resolve import unwrapped
+from vision_remember.adapters.sharding import is_sharded
 
 ADAPTER_FOLDER = Path("vision_remember", "adapter")
 """The adapter inside a checkpoint: one level down, or a Trainer that resumes takes it for an adapter of PEFT."""
@@ -102,7 +103,8 @@ class VisionRememberCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Saves the adapter folder."""
-        if args.should_save:
+        assert self._model is not None
+        if args.should_save or is_sharded(self._model):
             self.handle.save_pretrained(_checkpoint(args, state) / ADAPTER_FOLDER)
 
     def on_train_end(
