@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,8 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import start_processes
 
+from tests.accelerated import RATE, STEPS
 from tests.distributed import (
     BATCHES,
     CHECKPOINTING,
@@ -28,13 +35,17 @@ from tests.fingerprint import Fingerprint
 from tests.hosts import batch, build_llava
 from tests.processors import llava_processor
 from vision_remember import attach_vision_remember, load_vision_remember
+from vision_remember.adapters.checkpoint import WEIGHTS_FILE
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(name="folder", scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes wrote, once for all tests."""
     folder = tmp_path_factory.mktemp("processes")
-    processes = torch.multiprocessing.spawn(work, (str(folder),), PROCESSES, join=False)
+    multiprocessing.set_forkserver_preload([work.__module__])  # so that torch is imported once
+    processes = start_processes(work, (str(folder),), PROCESSES, join=False, start_method="forkserver")
     # A process that waits for the other fails by itself after SECONDS; the deadline is for one that does not.
     deadline = time.monotonic() + 4 * SECONDS
     while not processes.join(timeout=1):
@@ -47,10 +58,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @functools.cache
 def expected(images: tuple[tuple[int, ...], ...]) -> dict[str, torch.Tensor]:
-    """The mean over the processes' losses, differentiated in one."""
+    """The gradients of one process that has the batches of all."""
     model = model_and_handle(None)[0]
-    sum(loss(model, images[rank], rank) for rank in range(PROCESSES)).div(PROCESSES).backward()
+    mean_loss(model, images).backward()
     return gradients(model)
+
+
+def mean_loss(model: Any, images: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    return torch.stack([loss(model, counts, rank) for rank, counts in enumerate(images)]).mean()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -72,6 +87,41 @@ def test_an_adapter_saved_from_shards_is_whole(folder: Path) -> None:
     model, inputs = model_and_handle(None)[0].eval(), batch(twin)
     with torch.no_grad():
         torch.testing.assert_close(twin(**inputs).logits, model(**inputs).logits)
+
+
+def test_one_process_alone_gives_the_projector_no_gradient_without_images() -> None:
+    """As the host by itself: an optimiser skips what has none."""
+    model, _ = model_and_handle(None)
+    loss(model, (0, 0), 0).backward()
+    assert all(p.grad is None for p in model.model.multi_modal_projector.parameters())
+    assert all(p.grad is not None for n, p in model.named_parameters() if "vision_remember" in n)
+
+
+LAUNCHERS = {
+    # On CPUs, accelerate starts one process; more take torchrun or MPI.
+    "accelerate": ("accelerate.commands.launch --cpu --num_processes 1 --mixed_precision no --dynamo_backend no", 1),
+    "torchrun": ("torch.distributed.run --standalone --nproc_per_node 2", 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launched_loop_trains_as_one_process_does(launcher: str, tmp_path: Path) -> None:
+    options, processes = LAUNCHERS[launcher]
+    command = [sys.executable, "-m", *options.split(), "-m", "tests.accelerated", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    subprocess.run(command, check=True, cwd=ROOT, timeout=4 * SECONDS, env=environment)
+    model, handle = model_and_handle(None)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        mean_loss(model, BATCHES["one rank text-only"][:processes]).backward()
+        optimizer.step()
+    handle.save_pretrained(tmp_path / "alone")
+    expected, found = (load_file(folder / WEIGHTS_FILE) for folder in (tmp_path / "alone", tmp_path))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
 
 
 @pytest.fixture(name="alone")
