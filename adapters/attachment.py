@@ -105,8 +105,9 @@ class Attachment:
         """Hook: encodes what there is to encode and hands the memory to the decoder."""
         if not self.enabled:
             return None
-        if args:
-            kwargs = {**dict(zip(inspect.signature(base.forward).parameters, args, strict=False)), **kwargs}
+        # A dictionary of our own: torch.compile breaks its graph after a change of the caller's.
+        named = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) if args else {}
+        kwargs = {**named, **kwargs}
         recall = self._recall(base, kwargs)
         return ((), {**kwargs, NAME: recall}) if recall is not None else None
 
