@@ -15,7 +15,7 @@ from vision_remember.adapters.sharding import is_sharded
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.config import VisionRememberConfig
 from vision_remember.encoder import find_module, scale_levels
-from vision_remember.interactions import interaction_options
+from vision_remember.interactions import INTERACTIONS, interaction_options
 from vision_remember.remember import VisionRemember
 from vision_remember.tap import MultiLevelTap
 
@@ -129,11 +129,20 @@ def _build_tap(parts: HostParts, config: VisionRememberConfig) -> MultiLevelTap:
 
 def _completed(config: VisionRememberConfig, parts: HostParts, tap: MultiLevelTap) -> VisionRememberConfig:
     """The configuration with everything that was left to the host filled in."""
-    token_grid = config.token_grid or parts.token_grid
     projected = parts.token_grid
-    if hasattr(parts.projector, "out_grid") and token_grid != projected:
-        raise ValueError(f"token_grid={token_grid}: the projector makes a grid of {projected[0]}x{projected[1]}")
-    cells = tuple(-(-of // by) for of, by in zip(parts.feature_grid, token_grid, strict=True))
+    if hasattr(parts.projector, "out_grid") and config.token_grid not in (None, projected):
+        assert projected is not None
+        raise ValueError(f"token_grid={config.token_grid}: the projector makes a grid of {projected[0]}x{projected[1]}")
+    token_grid = config.token_grid or projected
+    geometry = parts.spec.geometry
+    cells = geometry.cells if geometry is not None else (1, 1)
+    if token_grid is not None and parts.feature_grid is not None:
+        cells = tuple(-(-of // by) for of, by in zip(parts.feature_grid, token_grid, strict=True))  # type: ignore[assignment]
+    if cells is None and INTERACTIONS[config.interaction].local:
+        raise ValueError(
+            f"interaction={config.interaction!r}: the image tokens of {type(parts.model).__name__} have no place of "
+            "their own, each stands for the whole image; use interaction='global'"
+        )
     return config.replace(
         levels=tap.levels,
         cells=config.cells or (cells if "cells" in interaction_options(config.interaction) else None),

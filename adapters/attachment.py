@@ -14,23 +14,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vision_remember.adapters.activation_checkpointing import refuse_reentrant
-from vision_remember.adapters.idle_parameters import join_idle_parameters
-from vision_remember.adapters.packing import recorded_outputs, trace_packing
-from vision_remember.adapters.resolve import HostParts, projected_grid
-from vision_remember.adapters.transport import FeatureInterception, rows_of, with_rows
+from vision_remember.adapters.encoding import Encoding, placeholders
+from vision_remember.adapters.idle_parameters import recall_nothing
+from vision_remember.adapters.resolve import HostParts
+from vision_remember.adapters.transport import FeatureInterception, rows_of, with_rows, without_rows
 from vision_remember.config import VisionRememberConfig
-from vision_remember.encoder import find_module
-from vision_remember.grid import Grid
-from vision_remember.memory import Recall, VisionMemory, spans
+from vision_remember.encoder import find_module, level_width
+from vision_remember.memory import Recall
 from vision_remember.remember import VisionRemember
 from vision_remember.tap import MultiLevelTap
 
@@ -41,6 +37,9 @@ SLOT = "_vision_remember"
 """Where a base keeps its attachment."""
 
 INTERCEPTION = FeatureInterception(SLOT)
+
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+"""The argument that holds raw pixels, by modality."""
 
 
 class Attachment:
@@ -62,7 +61,11 @@ class Attachment:
         self.enabled = True
         self._base = parts.base
         self._layers = parts.layers
-        self._image_token_id = parts.image_token_id
+        self._token_ids = {"image": parts.image_token_id}
+        if parts.video_token_id is not None:
+            self._token_ids["video"] = parts.video_token_id
+        layers = [parts.layers[index] for index in config.layers]
+        self._encoding = Encoding(parts.model, parts.spec, tap, config.token_grid, layers)
         self._feature_dim = feature_dim(parts, tap)
         self._handles: list[RemovableHandle] = []
 
@@ -111,11 +114,13 @@ class Attachment:
         recall = self._recall(base, kwargs)
         return ((), {**kwargs, NAME: recall}) if recall is not None else None
 
-    def encode_ahead(self, base: nn.Module, get_image_features: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """``get_image_features`` outside a forward pass: the memory rides along in the output."""
-        if not self.enabled:
-            return get_image_features(base, *args, **kwargs)
-        output, memory = self._encode(base, get_image_features, *args, **kwargs)
+    def encode_ahead(
+        self, base: nn.Module, method: Callable[..., Any], modality: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        """An encoding method outside a forward pass: the memory rides along in the output."""
+        if not self.enabled or self._encoding.running:
+            return method(base, *args, **kwargs)
+        output, memory = self._encoding.run(base, method, modality, *args, **kwargs)
         # A caller who asks for a tuple wants the features, not a forward pass with them.
         return output if isinstance(output, tuple) else with_rows(output, memory)
 
@@ -124,76 +129,49 @@ class Attachment:
         self.__dict__.update(state)
         INTERCEPTION.add(self._base)
 
-    def _encode(
-        self, base: nn.Module, get_image_features: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> tuple[Any, VisionMemory]:
-        projector = find_module(self.model, self.spec.projector, "projector")
-        outputs: AbstractContextManager[list[Tensor]] = (
-            nullcontext([]) if self.spec.plain else recorded_outputs(projector)
-        )
-        with self.tap.record() as captured, outputs as projected:
-            output = get_image_features(base, *args, **kwargs)
-        features = captured.joined()
-        # Inputs of a frozen encoder may require grad (activation checkpointing does that); its features need none, and
-        # two checkpointed layers must not share a graph.
-        if not any(parameter.requires_grad for parameter in self.tap.encoder.parameters()):
-            features = features.detach()
-        elif features.requires_grad:
-            refuse_reentrant(self._layers[index] for index in self.config.layers)
-        images = output[-1] if isinstance(output, tuple) else output.pooler_output
-        counts = [len(image) for image in images]
-        token_grid = self.config.token_grid or projected_grid(projector, captured.grid)
-        if self.spec.plain:
-            slots, tiles = None, [1] * len(counts)
-            _check_tokens(counts, token_grid)
-        else:
-            _check_tokens([tile.shape[0] for tile in projected[-1]], token_grid)
-            encoder_name, projector_name = (
-                path.rpartition(".")[2] for path in (self.spec.encoder, self.spec.projector)
-            )
-            returned = {encoder_name: captured.output, projector_name: projected[-1]}
-            packing = trace_packing(base, get_image_features, returned, projector_name, *args, **kwargs)
-            slots, tiles = packing.slots, packing.tiles
-        memory = VisionMemory(features, captured.saliency, captured.grid, token_grid, spans(counts, tiles), slots)
-        return output, memory
-
     def _recall(self, base: nn.Module, kwargs: dict[str, Any]) -> Recall | None:
-        """The memory of a call and its layout. Encodes raw images, which it replaces in ``kwargs`` by the result."""
-        encoded = kwargs.get("mm_encoder_outputs") or {}
-        if kwargs.get("pixel_values") is not None and not encoded:
-            original = INTERCEPTION.original(base)
-            names = [name for name in inspect.signature(original).parameters if name in kwargs]
-            output, memory = self._encode(base, original, **{n: kwargs.pop(n) for n in names}, return_dict=True)
-            kwargs["mm_encoder_outputs"] = {"image": output}
-            return memory.recall_images(range(len(memory.spans)), self._placeholders(base, kwargs))
-        if encoded.get("image") is not None:
-            rows = rows_of(encoded["image"])
-            if rows is None:
-                raise ValueError(
-                    "these images were encoded without Vision Remember: call get_image_features after attaching, or "
-                    "run inside `with vr.disabled():`"
-                )
-            memory, images = rows[0].memory, [row.whole_image for row in rows if row.whole_image is not None]
-            if len(images) == len(rows):
-                return memory.recall_images(images, self._placeholders(base, kwargs))
-            numbers = torch.cat([row.as_subclass(Tensor) for row in rows]).flatten()
-            return memory.recall_rows(numbers, self._placeholders(base, kwargs))
+        """The memory of a call and its layout. Encodes raw pixels, which it replaces in ``kwargs`` by the result."""
+        encoded = dict(kwargs.get("mm_encoder_outputs") or {})
+        recalls: list[Recall] = []
+        used: set[str] = set()
+        for modality, token in self._token_ids.items():
+            if encoded.get(modality) is not None:
+                recalls.append(_recall_encoded(encoded[modality], placeholders(base, kwargs, token)))
+                encoded[modality] = without_rows(encoded[modality])
+            elif kwargs.get(_PIXELS[modality]) is not None:
+                method = INTERCEPTION.original(base, modality)
+                arguments = {name: kwargs[name] for name in inspect.signature(method).parameters if name in kwargs}
+                used.update(arguments)
+                encoded[modality], known = self._encoding.run(base, method, modality, **arguments, return_dict=True)
+                places = placeholders(base, kwargs, token)
+                recalls += [memory.recall_images(range(len(memory.spans)), places) for memory in known]
+        # Only now: modalities may share arguments.
+        for name in used:
+            kwargs.pop(name)
+        if recalls:
+            kwargs["mm_encoder_outputs"] = encoded
+            return Recall.joined(recalls)
         if base.training and torch.is_grad_enabled():
             # Processes that train together must agree on which parameters take part in a step.
-            like = next(p for p in base.parameters() if p.is_floating_point())
-            recall = VisionMemory.nothing(self._feature_dim, like)
-            projector = find_module(self.model, self.spec.projector, "projector")
-            features = join_idle_parameters(recall.memory.features, (projector, self.tap.encoder))
-            return replace(recall, memory=replace(recall.memory, features=features))
+            path = self.spec.projector
+            projector = [] if path is None else [find_module(self.model, path, "projector")]
+            return recall_nothing(base, self._feature_dim, [self.tap.encoder, *projector])
         return None
 
-    def _placeholders(self, base: nn.Module, kwargs: dict[str, Any]) -> Tensor:
-        """(B, S), where the image tokens go."""
-        if kwargs.get("input_ids") is not None:
-            return kwargs["input_ids"] == self._image_token_id
-        embeds: Tensor = kwargs["inputs_embeds"]
-        token = torch.full((), self._image_token_id, dtype=torch.long, device=embeds.device)
-        return (embeds == base.get_input_embeddings()(token)).all(-1)  # type: ignore[operator]
+
+def _recall_encoded(output: Any, places: Tensor) -> Recall:
+    """The recall of what was encoded ahead, whole images or parts of some."""
+    rows = rows_of(output)
+    if rows is None:
+        raise ValueError(
+            "these images were encoded without Vision Remember: call get_image_features after attaching, or "
+            "run inside `with vr.disabled():`"
+        )
+    known, images = rows[0].memory, [row.whole_image for row in rows if row.whole_image is not None]
+    if len(images) == len(rows):
+        return Recall.joined(memory.recall_images(images, places) for memory in known)
+    numbers = torch.cat([row.as_subclass(Tensor) for row in rows]).flatten()
+    return Recall.joined(memory.recall_rows(numbers, places) for memory in known)
 
 
 def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -210,21 +188,9 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return args, {**kwargs, "hidden_states": recall.through(block, kwargs["hidden_states"])}
 
 
-def _check_tokens(counts: list[int], token_grid: Grid) -> None:
-    """Raises ValueError unless every tile has the tokens of its grid."""
-    h, w = token_grid
-    wrong = [count for count in counts if count != h * w]
-    if wrong:
-        raise ValueError(
-            f"the projector made {wrong[0]} vision tokens of a tile, but token_grid={h}x{w} has {h * w}; give its grid "
-            "to attach_vision_remember(model, token_grid=(rows, columns))"
-        )
-
-
 def feature_dim(parts: HostParts, tap: MultiLevelTap) -> int:
     """C, width of the joined levels."""
-    patches: Any = find_module(parts.encoder, parts.encoder_spec.patch_embedding, "patch embedding")
-    return patches.out_channels * len(tap.levels)
+    return level_width(parts.encoder, parts.encoder_spec) * len(tap.levels)
 
 
 def find_attachment(model: nn.Module) -> Attachment | None:

@@ -49,7 +49,7 @@ class SavedAdapter:
     tensors: dict[str, Tensor]
 
 
-def adapter_modules(attachment: Attachment, projector: nn.Module) -> dict[str, nn.Module]:
+def adapter_modules(attachment: Attachment, projector: nn.Module | None) -> dict[str, nn.Module]:
     """The modules whose weights an adapter holds, by their prefix."""
     modules = {f"vision_remember.{index}": trained_copy(block) for index, block in attachment.blocks().items()}
     return {**modules, "projector": projector} if isinstance(projector, Projector) else modules
@@ -61,7 +61,7 @@ def describe_base(parts: HostParts) -> dict[str, Any]:
     return {
         "class": class_name(parts.model),
         "encoder": model_type_of(parts.encoder),
-        "feature_grid": list(parts.feature_grid),
+        "feature_grid": list(parts.feature_grid) if parts.feature_grid else None,
         "decoder": model_type_of(parts.decoder),
         "decoder_layers": len(parts.layers),
         "hidden_size": parts.hidden_size,
@@ -74,7 +74,7 @@ def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.P
 
     Of processes that share a model in shards, all have to call this, and the first one writes.
     """
-    projector = trained_copy(parts.projector)
+    projector = None if parts.projector is None else trained_copy(parts.projector)
     swapped = {"name": projector_name(projector), **projector.options()} if isinstance(projector, Projector) else None
     description = {
         "format": _FORMAT,

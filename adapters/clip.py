@@ -8,9 +8,10 @@ CLIP = EncoderSpec(
     layers="encoder.layers",
     patch_embedding="embeddings.patch_embedding",
     prefix_tokens=1,
-    has_cls=True,
+    cls_token=0,
     norm="layer_norm1",
     query="self_attn.q_proj",
     key="self_attn.k_proj",
     num_heads="self_attn.num_heads",
+    image_size="config.image_size",
 )

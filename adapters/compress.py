@@ -11,7 +11,7 @@ from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.processor import PlaceholderCount, count_placeholders
 from vision_remember.adapters.resolve import HostParts, resolve
 from vision_remember.adapters.spec import MLLMSpec
-from vision_remember.encoder import find_module, scale_levels
+from vision_remember.encoder import find_module, level_width, scale_levels
 from vision_remember.grid import Grid
 from vision_remember.projectors import PROJECTORS, Projector, build_projector
 
@@ -25,10 +25,12 @@ class CompressionHandle:
     """
 
     def __init__(self, parts: HostParts, projector: Projector, processor: Any) -> None:
+        assert parts.feature_grid is not None
+        assert parts.spec.projector is not None
         self.projector = projector
         self.token_grid = projector.out_grid(parts.feature_grid)
         self._model, self._path = parts.model, parts.spec.projector
-        self._original = parts.projector
+        self._original = find_module(parts.model, parts.spec.projector, "projector")
         self._config: Any = parts.model.config
         self._own_layer = getattr(self._config, "vision_feature_layer", None)
         depth = len(list(find_module(parts.encoder, parts.encoder_spec.layers, "blocks").children()))
@@ -113,12 +115,9 @@ def compress_projector(
     if PROJECTORS[name].needs_text:
         raise ValueError(f"projector {name!r} needs the question beside the image, which a host gives to no projector")
     parts = resolve(model, spec)
+    _check_host(parts)
     if isinstance(parts.projector, Projector):
         raise RuntimeError("the projector is compressed already; restore() it first")
-    if not parts.spec.plain:
-        raise ValueError(
-            f"{type(parts.model).__name__} packs tiles of the encoder's own grid; it cannot be compressed yet"
-        )
     if processor is not None:
         _check_processor(parts, processor)
     handle = CompressionHandle(parts, _build(parts, name, ratio, out_grid, options), processor)
@@ -126,8 +125,21 @@ def compress_projector(
     return handle
 
 
+def _check_host(parts: HostParts) -> None:
+    """Raises ValueError for a host whose projector does not take one tile's cells and return as many tokens."""
+    name, geometry = type(parts.model).__name__, parts.spec.geometry
+    if not parts.spec.plain:
+        raise ValueError(f"{name} packs tiles of the encoder's own grid; it cannot be compressed yet")
+    if parts.projector is None or parts.feature_grid is None:
+        raise ValueError(f"{name} has no projector of its own for images of one size; it cannot be compressed yet")
+    if geometry is not None and geometry.cells != (1, 1):
+        raise ValueError(f"the projector of {name} makes fewer tokens than there are cells already")
+
+
 def _build(parts: HostParts, name: str, ratio: int | None, out_grid: Grid | None, options: dict[str, Any]) -> Projector:
-    original = parts.projector
+    assert parts.feature_grid is not None
+    assert parts.spec.projector is not None
+    original = find_module(parts.model, parts.spec.projector, "projector")
     weights = dict(original.named_parameters())
     if not weights:
         raise ValueError(f"{type(original).__name__} has no parameters to tell the features' width from")
@@ -153,12 +165,14 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _level_width(parts: HostParts, *, joined: bool) -> int:
     """C, width of one level; ``joined``: of what the host gives to its own projector, which may be several levels."""
-    patches: Any = find_module(parts.encoder, parts.encoder_spec.patch_embedding, "patch embedding")
     layer = getattr(parts.model.config, "vision_feature_layer", -1)
-    return patches.out_channels * (len(layer) if joined and isinstance(layer, (list, tuple)) else 1)
+    return level_width(parts.encoder, parts.encoder_spec) * (
+        len(layer) if joined and isinstance(layer, (list, tuple)) else 1
+    )
 
 
 def _check_processor(parts: HostParts, processor: Any) -> None:
+    assert parts.feature_grid is not None
     made = count_placeholders(processor)
     expected = parts.feature_grid[0] * parts.feature_grid[1]
     if made != expected:

@@ -76,7 +76,8 @@ class VisionRememberHandle:
         parts = self._parts()
         parts.model.requires_grad_(phase == 2)
         parts.encoder.requires_grad_(train_encoder)
-        parts.projector.requires_grad_(True)
+        if parts.projector is not None:
+            parts.projector.requires_grad_(True)
         self.module.requires_grad_(True)
         rows = [(name, count) for name, count, trainable in self._counts(parts) if trainable]
         trained = ", ".join(f"{name} ({_millions(count)})" for name, count in rows)
@@ -95,14 +96,13 @@ class VisionRememberHandle:
         if not self._own.installed:
             return "Vision Remember (detached)"
         parts, config = self._parts(), self.config
-        tokens = config.token_grid or parts.token_grid
         saliency = f"{config.saliency} at level {config.saliency_level}" if config.saliency else "none"
         rows = [
             ("host", type(parts.model).__name__),
             ("encoder", f"{type(parts.encoder).__name__}, {self._attachment.tap.depth} blocks"),
             ("levels", ", ".join(map(str, config.levels or ()))),
-            ("features", f"{_by(parts.feature_grid)} cells"),
-            ("projector", f"{type(parts.projector).__name__}, {_by(tokens)} = {tokens[0] * tokens[1]} tokens"),
+            ("features", f"{_by(parts.feature_grid)} cells" if parts.feature_grid else "as many cells as an image has"),
+            ("projector", f"{type(parts.projector).__name__ if parts.projector else 'none'}, {_tokens(parts, config)}"),
             ("decoder", f"{parts.spec.decoder}, {len(parts.layers)} layers of width {parts.hidden_size}"),
             ("before layers", ", ".join(map(str, config.layers))),
             ("interaction", f"{config.interaction}, window {config.window}, position {config.position}"),
@@ -120,12 +120,21 @@ class VisionRememberHandle:
         blocks = list(self.module.parameters())
         groups = {
             "Vision Remember": blocks,
-            "projector": list(parts.projector.parameters()),
+            "projector": list(parts.projector.parameters()) if parts.projector else [],
             "encoder": list(parts.encoder.parameters()),
         }
         counted = {id(parameter) for group in groups.values() for parameter in group}
         groups["language model"] = [p for p in parts.model.parameters() if id(p) not in counted]
         return [(n, sum(p.numel() for p in g), any(p.requires_grad for p in g)) for n, g in groups.items()]
+
+
+def _tokens(parts: HostParts, config: VisionRememberConfig) -> str:
+    """What is known of a tile's tokens."""
+    grid, geometry = config.token_grid or parts.token_grid, parts.spec.geometry
+    if grid is not None:
+        return f"{_by(grid)} = {grid[0] * grid[1]} tokens"
+    assert geometry is not None
+    return "tokens without a place" if geometry.cells is None else f"a token for {_by(geometry.cells)} cells"
 
 
 def _millions(count: int) -> str:

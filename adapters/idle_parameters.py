@@ -1,30 +1,42 @@
-"""Parameters that have nothing to do in a step without images, in training on several processes."""
+"""Parameters that have nothing to do in a training step without images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vision_remember.memory import Recall, VisionMemory
 
-def join_idle_parameters(features: Tensor, modules: Iterable[nn.Module]) -> Tensor:
-    """``features`` as they are, through which the modules' trainable parameters get gradients of zero.
 
-    Processes exchange gradients of the same parameters in every step: one whose batch is text only would have none for
-    the projector, and the others would wait for it. A single process is left alone: its optimiser skips what has no
-    gradient.
+def recall_nothing(base: nn.Module, feature_dim: int, modules: Iterable[nn.Module]) -> Recall:
+    """A recall without any image, which gives the blocks gradients of zero; and ``modules`` too, on several processes.
+
+    Processes that train together exchange gradients of the same parameters in every step: one whose batch is text only
+    would have none for the projector, and the others would wait for it. A single process leaves the modules alone: its
+    optimiser skips what has no gradient.
 
     Args:
-        features: of no image, any shape.
-        modules: with parameters that only images reach.
+        base: the host's module.
+        feature_dim: C, width of the joined levels.
+        modules: whose parameters only images reach.
     """
+    like = next(p for p in base.parameters() if p.is_floating_point())
+    recall = VisionMemory.nothing(feature_dim, like)
     if not (dist.is_available() and dist.is_initialized()):
-        return features
-    for module in modules:
-        for parameter in module.parameters():
-            # One that is in shards here belongs to a module with collectives of its own, which only a call would run.
-            if parameter.requires_grad and not isinstance(parameter, DTensor):
-                features = features + parameter.flatten()[:0].sum().to(features)
+        return recall
+    ((memory, layout),) = recall.parts
+    features = _joined_to(memory.features, (p for module in modules for p in module.parameters()))
+    return Recall(((replace(memory, features=features), layout),))
+
+
+def _joined_to(features: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """``features``, of any shape, unchanged; their graph reaches the parameters, with gradients of zero."""
+    for parameter in parameters:
+        # One that is in shards here belongs to a module with collectives of its own, which only a call would run.
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            features = features + parameter.flatten()[:0].sum().to(features)
     return features

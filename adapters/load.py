@@ -91,7 +91,8 @@ def restore_vision_remember(model: nn.Module, folder: str | os.PathLike[str]) ->
     check_base(saved, parts)
     if saved.config != attachment.config:
         raise ValueError(f"the adapter in {folder} has {saved.config}, but attached is {attachment.config}")
-    copy_weights(saved, adapter_modules(attachment, trained_copy(parts.projector)))
+    projector = None if parts.projector is None else trained_copy(parts.projector)
+    copy_weights(saved, adapter_modules(attachment, projector))
 
 
 def _folder(dir_or_repo: str | os.PathLike[str], revision: str | None) -> Path:

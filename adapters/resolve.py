@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from vision_remember.adapters.decoders import DECODERS
+from vision_remember.adapters.discover import discover
 from vision_remember.adapters.encoders import encoder_spec
 from vision_remember.adapters.hosts import HOSTS
-from vision_remember.adapters.spec import DecoderSpec, MLLMSpec
+from vision_remember.adapters.spec import DecoderSpec, MLLMSpec, TokenGeometry
 from vision_remember.encoder import EncoderSpec, find, find_module
 from vision_remember.grid import Grid
-from vision_remember.registry import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,13 @@ class HostParts:
         spec: complete: encoder and decoder specs filled in.
         base: encodes images, merges them and calls the decoder.
         encoder: the vision encoder.
-        projector: between encoder and decoder.
+        projector: between encoder and decoder; None if there is none outside the encoder.
         decoder: the language model.
         layers: the decoder's layers.
         hidden_size: D, width of the decoder.
         image_token_id: the placeholder's token id.
-        feature_grid: (H, W) of the encoder at its own image size.
+        video_token_id: the placeholder's token id for video; None if the host takes none.
+        feature_grid: (H, W) of a tile; None where images have grids of their own.
     """
 
     model: nn.Module
@@ -39,24 +40,40 @@ class HostParts:
     base: nn.Module
     encoder: nn.Module
     encoder_spec: EncoderSpec
-    projector: nn.Module
+    projector: nn.Module | None
     decoder: nn.Module
     layers: nn.ModuleList
     hidden_size: int
     image_token_id: int
-    feature_grid: Grid
+    video_token_id: int | None
+    feature_grid: Grid | None
 
     @property
-    def token_grid(self) -> Grid:
-        """(h, w) of an image's tokens as the projector makes them: all cells unless it says otherwise."""
-        return projected_grid(self.projector, self.feature_grid)
+    def token_grid(self) -> Grid | None:
+        """(h, w) of a tile's tokens; None where images have grids of their own or tokens have no place."""
+        geometry = self.spec.geometry
+        if self.feature_grid is None or (geometry is not None and geometry.cells is None):
+            return None
+        return projected_grid(self.projector, geometry, self.feature_grid, 0)
 
 
-def projected_grid(projector: nn.Module, feature_grid: Grid) -> Grid:
-    """The grid that a projector makes of ``feature_grid``; projectors that are not ours keep it."""
+def projected_grid(
+    projector: nn.Module | None, geometry: TokenGeometry | None, feature_grid: Grid, tokens: int
+) -> Grid:
+    """(h, w) of the tokens of a tile with ``feature_grid``.
+
+    Args:
+        projector: one of ours knows its grid.
+        geometry: of any other; None for one token per cell.
+        feature_grid: of the tile.
+        tokens: of the tile.
+    """
     # By method, not by class: PEFT wraps modules that it trains and forwards their attributes.
     out_grid = getattr(projector, "out_grid", None)
-    return feature_grid if out_grid is None else out_grid(feature_grid)
+    if out_grid is not None:
+        grid: Grid = out_grid(feature_grid)
+        return grid
+    return feature_grid if geometry is None else geometry.tokens_of(feature_grid, tokens)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -76,18 +93,18 @@ def resolve(model: nn.Module, spec: MLLMSpec | None = None) -> HostParts:
 
     Args:
         model: a multimodal model, perhaps inside a PEFT model.
-        spec: None looks it up in ``HOSTS`` by ``config.model_type``.
+        spec: None looks it up in ``HOSTS`` by ``config.model_type``, or finds it out.
 
     Raises:
-        ValueError: no spec, or the spec names what the model does not have.
+        ValueError: no spec can be found, or the spec names what the model does not have.
     """
     model = unwrapped(model)
-    spec = spec or _host_spec(model)
+    spec = spec or host_spec(model)
     base = find_module(model, spec.base, "base")
     if not callable(getattr(base, "get_image_features", None)):
         raise ValueError(f"{type(base).__name__} at {spec.base!r} has no get_image_features to read an image's tokens")
     encoder = find_module(model, spec.encoder, "vision encoder")
-    projector = find_module(model, spec.projector, "projector")
+    projector = None if spec.projector is None else find_module(model, spec.projector, "projector")
     decoder = find_module(model, spec.decoder, "decoder")
     encoder_names = spec.encoder_spec or encoder_spec(encoder)
     decoder_names = spec.decoder_spec or _decoder_spec(decoder)
@@ -105,7 +122,8 @@ def resolve(model: nn.Module, spec: MLLMSpec | None = None) -> HostParts:
         layers=layers,
         hidden_size=_number(decoder, decoder_names.hidden_size, "width"),
         image_token_id=_number(model, spec.image_token_id, "image token id"),
-        feature_grid=_feature_grid(encoder, encoder_names),
+        video_token_id=_optional_number(model, spec.video_token_id) if has_video(base) else None,
+        feature_grid=spec.geometry.feature_grid if spec.geometry else _feature_grid(encoder, encoder_names),
     )
 
 
@@ -128,26 +146,20 @@ def model_type_of(module: nn.Module) -> str:
     return getattr(getattr(module, "config", None), "model_type", type(module).__name__)
 
 
-def _host_spec(model: nn.Module) -> MLLMSpec:
+def has_video(base: nn.Module) -> bool:
+    """Whether a host encodes video by a method of its own."""
+    return callable(getattr(base, "get_video_features", None))
+
+
+def host_spec(model: nn.Module) -> MLLMSpec:
+    """The spec of a host from the table; for any other what can be found out about it."""
     model_type = model_type_of(model)
-    if model_type in HOSTS:
-        return HOSTS[model_type]
-    raise ValueError(
-        f"{type(model).__name__} (model_type {model_type!r}) is no known multimodal host: "
-        f"{did_you_mean(model_type, HOSTS)}. Describe it with a spec: attach_vision_remember(model, "
-        "spec=MLLMSpec(name=..., base=..., encoder=..., projector=..., decoder=...))"
-    )
+    return HOSTS[model_type] if model_type in HOSTS else discover(model)
 
 
 def _decoder_spec(decoder: nn.Module) -> DecoderSpec:
     model_type = model_type_of(decoder)
-    if model_type in DECODERS:
-        return DECODERS[model_type]
-    raise ValueError(
-        f"{type(decoder).__name__} (model_type {model_type!r}) is no known decoder: "
-        f"{did_you_mean(model_type, DECODERS)}. Describe it with a spec: attach_vision_remember(model, "
-        f"spec=MLLMSpec(name=..., decoder_spec=DecoderSpec(model_type={model_type!r}, layers=...)))"
-    )
+    return DECODERS[model_type] if model_type in DECODERS else DecoderSpec(model_type=model_type)
 
 
 def _number(root: nn.Module, path: str, what: str) -> int:
@@ -160,7 +172,17 @@ def _number(root: nn.Module, path: str, what: str) -> int:
     return value
 
 
-def _feature_grid(encoder: nn.Module, spec: EncoderSpec) -> Grid:
+def _optional_number(root: nn.Module, path: str) -> int | None:
+    try:
+        value: Any = find(root, path)
+    except AttributeError:
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _feature_grid(encoder: nn.Module, spec: EncoderSpec) -> Grid | None:
+    if spec.image_size is None or spec.patch_embedding is None:
+        return None
     size: Any = find(encoder, spec.image_size)
     height, width = (size, size) if isinstance(size, int) else size
     patches: Any = find_module(encoder, spec.patch_embedding, "patch embedding")

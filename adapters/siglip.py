@@ -7,11 +7,10 @@ SIGLIP = EncoderSpec(
     classes=("SiglipVisionModel",),
     layers="encoder.layers",
     patch_embedding="embeddings.patch_embedding",
-    prefix_tokens=0,
-    has_cls=False,
     norm="layer_norm1",
     query="self_attn.q_proj",
     key="self_attn.k_proj",
     num_heads="self_attn.num_heads",
+    image_size="config.image_size",
     pooling_head="head",
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vision_remember.encoder import EncoderSpec
+from vision_remember.grid import Grid
 from vision_remember.registry import did_you_mean
 
 
@@ -26,6 +27,35 @@ class DecoderSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenGeometry:
+    """How the tokens of a tile lie over its cells.
+
+    Attributes:
+        feature_grid: (H, W) of every tile; None where images have grids of their own.
+        token_grid: (h, w) of every tile's tokens; None where it follows from ``cells``.
+        cells: (rows, columns) of cells under a token; None where a token stands for the whole tile, as those of a
+            resampler or Q-Former do.
+    """
+
+    feature_grid: Grid | None = None
+    token_grid: Grid | None = None
+    cells: Grid | None = None
+
+    def tokens_of(self, feature_grid: Grid, tokens: int) -> Grid:
+        """(h, w) of the tokens of a tile.
+
+        Args:
+            feature_grid: of the tile.
+            tokens: how many it has, where they have no place.
+        """
+        if self.cells is None:
+            return 1, tokens
+        if self.token_grid is not None and feature_grid == self.feature_grid:
+            return self.token_grid
+        return feature_grid[0] // self.cells[0], feature_grid[1] // self.cells[1]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MLLMSpec:
     """Where things are in a multimodal model: dotted attribute paths from the model given to attach.
 
@@ -39,11 +69,13 @@ class MLLMSpec:
         base: the module whose forward encodes images and calls the decoder, and whose ``get_image_features`` returns
             an output with ``pooler_output``, one (h*w, D) tensor per image.
         encoder: the vision encoder.
-        projector: the module between encoder and decoder.
+        projector: the module between encoder and decoder; None if there is none outside the encoder.
         decoder: the language model whose layers are called with the keywords given to the base.
         image_token_id: the placeholder's token id.
-        plain: an image is one tile whose tokens follow in raster order, with nothing between them. Otherwise the order
-            is read off the host's own packing in each call.
+        video_token_id: the placeholder's token id for video, where the host has ``get_video_features``.
+        geometry: how a tile's tokens lie over its cells; None for one token per cell.
+        plain: the tokens of all tiles follow one another, each tile's in raster order, with nothing between them.
+            Otherwise the order is read off the host's own packing in each call.
         encoder_spec: for an encoder that is not in the table.
         decoder_spec: for a decoder that is not in the table.
     """
@@ -51,9 +83,11 @@ class MLLMSpec:
     name: str
     base: str = "model"
     encoder: str = "model.vision_tower"
-    projector: str = "model.multi_modal_projector"
+    projector: str | None = "model.multi_modal_projector"
     decoder: str = "model.language_model"
     image_token_id: str = "config.image_token_id"
+    video_token_id: str = "config.video_token_id"
+    geometry: TokenGeometry | None = None
     plain: bool = False
     encoder_spec: EncoderSpec | None = None
     decoder_spec: DecoderSpec | None = None
@@ -70,6 +104,9 @@ class MLLMSpec:
             if name not in known:
                 raise ValueError(f"MLLMSpec has no field {name!r}: {did_you_mean(name, known)}")
         data = dict(data)
+        if data.get("geometry"):
+            pairs = {name: value and tuple(value) for name, value in data["geometry"].items()}
+            data["geometry"] = TokenGeometry(**pairs)
         if data.get("encoder_spec"):
             classes = tuple(data["encoder_spec"]["classes"])
             data["encoder_spec"] = EncoderSpec(**{**data["encoder_spec"], "classes": classes})

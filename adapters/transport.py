@@ -19,24 +19,25 @@ from transformers.utils.generic import ModelOutput
 
 from vision_remember.memory import VisionMemory
 
-METHOD = "get_image_features"
+METHODS = {"image": "get_image_features", "video": "get_video_features"}
+"""The methods that encode, by modality."""
 
 
 class MemoryRows(Tensor):
-    """(n, 1) numbers of the image tokens of one image, in a memory's order.
+    """(n, 1) numbers of the image tokens of one image, in the memories' order.
 
     Attributes:
-        memory: the memory; whatever is made of the rows by slicing or joining still knows it.
+        memory: the memories of the call; whatever is made of the rows by slicing or joining still knows it.
         whole_image: the image whose tokens these are, all and in order; None for rows made from others.
     """
 
-    memory: VisionMemory
+    memory: tuple[VisionMemory, ...]
     whole_image: int | None
 
     @classmethod
-    def of(cls, memory: VisionMemory, image: int, device: torch.device) -> MemoryRows:
+    def of(cls, memory: tuple[VisionMemory, ...], image: int, device: torch.device) -> MemoryRows:
         """The rows of one image."""
-        span = memory.spans[image].rows
+        span = memory[0].spans[image].rows
         rows = torch.arange(span.start, span.stop, device=device)[:, None].as_subclass(cls)
         rows.memory, rows.whole_image = memory, image
         return rows
@@ -71,43 +72,56 @@ def _with_deepstack(cls: type[ModelOutput]) -> type[ModelOutput]:
     return dataclasses.make_dataclass(name, [field], bases=(cls,))
 
 
-def with_rows(output: Any, memory: VisionMemory) -> ModelOutput:
-    """The output of ``get_image_features``, with rows that lead back to ``memory``."""
+def with_rows(output: Any, memory: tuple[VisionMemory, ...]) -> ModelOutput:
+    """An output of the host's encoding, with rows that lead back to ``memory``."""
     images = output.pooler_output
     rows = [MemoryRows.of(memory, number, image.device) for number, image in enumerate(images)]
     fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
     cls: type[ModelOutput] = type(output)
-    return _with_deepstack(cls)(**fields, deepstack_features=[rows])
+    if "deepstack_features" not in fields:
+        cls = _with_deepstack(cls)
+    own = fields.pop("deepstack_features", None)
+    return cls(**fields, deepstack_features=[*(own or ()), rows])
+
+
+def without_rows(output: Any) -> Any:
+    """The output as the host made it: its own deepstack features only."""
+    own = [rows for rows in output.deepstack_features if not _ours(rows)]
+    fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    return type(output)(**{**fields, "deepstack_features": own or None})
 
 
 def rows_of(output: Any) -> list[MemoryRows] | None:
     """The rows that :func:`with_rows` put into an output, as generate() passed them on; None if there are none."""
     layers = getattr(output, "deepstack_features", None) or []
-    for rows in layers:
-        if all(isinstance(row, MemoryRows) for row in rows):
-            return list(rows)
-    return None
+    return next((list(rows) for rows in layers if _ours(rows)), None)
+
+
+def _ours(rows: Any) -> bool:
+    return isinstance(rows, list) and all(isinstance(row, MemoryRows) for row in rows)
 
 
 class FeatureInterception:
-    """Wraps ``get_image_features`` of a class, for those of its instances that a handler was added for.
+    """Wraps the encoding methods of a class, for those of its instances that a handler was added for.
 
     A method cannot be hooked, and replacing it on an instance would not follow copies of the model. The class's own
-    method is put back when the last instance is released.
+    methods are put back when the last instance is released.
     """
 
     def __init__(self, slot: str) -> None:
         self._slot = slot
         self._instances: weakref.WeakKeyDictionary[type, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
-        self._originals: weakref.WeakKeyDictionary[type, Callable[..., Any]] = weakref.WeakKeyDictionary()
+        self._originals: weakref.WeakKeyDictionary[type, dict[str, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
     def add(self, base: nn.Module) -> None:
-        """From now on ``base``'s attribute ``slot`` handles its ``get_image_features``."""
+        """From now on ``base``'s attribute ``slot`` handles its encoding."""
         cls = type(base)
         if cls not in self._originals:
             self._instances[cls] = weakref.WeakSet()
-            self._originals[cls] = getattr(cls, METHOD)
-            setattr(cls, METHOD, self._wrapper(getattr(cls, METHOD)))
+            self._originals[cls] = {m: getattr(cls, m) for m in METHODS.values() if callable(getattr(cls, m, None))}
+            for modality, method in METHODS.items():
+                if method in self._originals[cls]:
+                    setattr(cls, method, self._wrapper(self._originals[cls][method], modality))
         self._instances[cls].add(base)
 
     def release(self, base: nn.Module) -> None:
@@ -117,23 +131,23 @@ class FeatureInterception:
             return
         self._instances[cls].discard(base)
         if not self._instances[cls]:
-            original = self._originals.pop(cls)
-            delattr(cls, METHOD)
-            if getattr(cls, METHOD, None) is not original:
-                setattr(cls, METHOD, original)
+            for method, original in self._originals.pop(cls).items():
+                delattr(cls, method)
+                if getattr(cls, method, None) is not original:
+                    setattr(cls, method, original)
 
-    def original(self, base: nn.Module) -> Callable[..., Any]:
-        """``get_image_features`` as ``base``'s class has it by itself, not bound."""
-        return next(self._originals[c] for c in type(base).__mro__ if c in self._originals)
+    def original(self, base: nn.Module, modality: str = "image") -> Callable[..., Any]:
+        """The encoding method as ``base``'s class has it by itself, not bound."""
+        return next(self._originals[c] for c in type(base).__mro__ if c in self._originals)[METHODS[modality]]
 
-    def _wrapper(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrapper(self, original: Callable[..., Any], modality: str) -> Callable[..., Any]:
         slot = self._slot
 
         @functools.wraps(original)
-        def get_image_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def encode(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             handler = self.__dict__.get(slot)
             if handler is None:
                 return original(self, *args, **kwargs)
-            return handler.encode_ahead(self, original, *args, **kwargs)
+            return handler.encode_ahead(self, original, modality, *args, **kwargs)
 
-        return get_image_features
+        return encode

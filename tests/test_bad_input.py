@@ -79,7 +79,7 @@ def test_a_grid_can_be_given_for_a_projector_of_ones_own() -> None:
 def test_a_model_without_vision_is_no_host() -> None:
     model = hf.Qwen2ForCausalLM(DECODER_CONFIGS["qwen2"]())
     before = Fingerprint(model)
-    with pytest.raises(ValueError, match=r"Qwen2ForCausalLM .* no known multimodal host.*spec=MLLMSpec"):
+    with pytest.raises(ValueError, match=r"Qwen2ForCausalLM has no get_image_features.*spec=MLLMSpec"):
         attach_vision_remember(model, [1])
     before.check(model)
 
@@ -94,21 +94,28 @@ def unknown_decoder() -> Any:
     ), text_config=text, image_token_id=90)).eval()  # fmt: skip
 
 
-def test_an_unknown_decoder_attaches_with_the_spec_that_the_message_shows() -> None:
+def test_a_decoder_that_is_in_no_table_attaches_with_a_spec_and_without() -> None:
+    model = unknown_decoder()
+    expected = DecoderSpec(model_type="gpt_neox")
+    spec = MLLMSpec(name="llava", plain=True, decoder_spec=expected)
+    assert attach_vision_remember(model, [1], spec=spec).spec.decoder_spec == expected
+    detach(model)
+    assert attach_vision_remember(model, [1]).spec.decoder_spec == expected
+
+
+def test_a_decoder_without_layers_where_the_spec_says_is_an_error() -> None:
     model = unknown_decoder()
     before = Fingerprint(model)
-    with pytest.raises(ValueError, match=r"model_type 'gpt_neox'.*DecoderSpec\(model_type='gpt_neox', layers"):
-        attach_vision_remember(model, [1])
+    spec = MLLMSpec(name="llava", decoder_spec=DecoderSpec(model_type="gpt_neox", layers="blocks"))
+    with pytest.raises(ValueError, match="no module 'blocks' for its layers"):
+        attach_vision_remember(model, [1], spec=spec)
     before.check(model)
-    spec = MLLMSpec(name="llava", decoder_spec=DecoderSpec(model_type="gpt_neox"))
-    handle = attach_vision_remember(model, [1], spec=spec)
-    assert handle.spec.decoder_spec == spec.decoder_spec
 
 
 def test_an_unknown_encoder_is_named() -> None:
     model = build_llava()
     model.model.vision_tower = torch.nn.Linear(3, 3)
-    with pytest.raises(ValueError, match="Linear is no known vision encoder"):
+    with pytest.raises(ValueError, match="Linear has no list of blocks"):
         attach_vision_remember(model, [1])
 
 

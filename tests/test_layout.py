@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vision_remember import VisionRemember
 from vision_remember.layout import VisionLayout
-from vision_remember.memory import VisionMemory, spans
+from vision_remember.memory import Recall, Tiles, VisionMemory, memories, spans
 
 B, S, D = 2, 11, 5
 TILES, GRID = 3, (2, 2)
@@ -202,6 +202,37 @@ def test_beams_may_hold_the_same_image_tokens() -> None:
     rows = [4, 5, 6, 7, 8] * 2
     recalled = memory(packed=True).recall_rows(torch.tensor(rows), placeholders).through(add_features, states())
     expected = recalled_by_hand(memory(packed=True), rows, placeholders, states())
+    torch.testing.assert_close(recalled, expected)
+
+
+def of_several_sizes(slots: Tensor | None) -> tuple[VisionMemory, ...]:
+    """Two images of 2x2 and one of 1x2 tiles, the second image of both sizes."""
+    generator = torch.Generator().manual_seed(5)
+    large = Tiles((0, 2), torch.randn(2, 4, D, generator=generator), None, (2, 2), (2, 2))
+    small = Tiles((1, 3), torch.randn(2, 2, D, generator=generator), None, (1, 2), (1, 2))
+    return memories([large, small], spans(tokens=(4, 6, 2) if slots is None else (5, 6, 2), tiles=(1, 2, 1)), slots)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole images", "parts"])
+@pytest.mark.parametrize("images", [[0, 1, 2], [1], [2, 0], [1, 2, 1]], ids=str)
+@pytest.mark.parametrize(
+    "slots", [None, torch.tensor([0, 1, 2, 3, -1, 4, 5, 6, 7, 8, 9, 10, 11])], ids=["plain", "own"]
+)
+def test_tiles_of_several_sizes_are_recalled_together(slots: Tensor | None, images: list[int], whole: bool) -> None:
+    stored = of_several_sizes(slots)
+    large, small = (memory.features for memory in stored)
+    # The tokens of all tiles in order: 2x2, 1x2, 2x2, 1x2.
+    update = torch.cat([large[0], small[0], large[1], small[1], torch.zeros(1, D)])
+    if not whole:
+        images = list(dict.fromkeys(images))  # a sequence holds no part of an image twice
+    rows = [row for image in images for row in stored[0].spans[image].rows]
+    places = holders(len(rows))
+    recalls = [m.recall_images(images, places) if whole else m.recall_rows(torch.tensor(rows), places) for m in stored]
+    recalled = Recall.joined(recalls).through(add_features, states())
+    expected = states()
+    own = torch.arange(12) if slots is None else slots
+    for row, (sequence, position) in zip(rows, places.nonzero().tolist(), strict=True):
+        expected[sequence, position] += update[own[row]]
     torch.testing.assert_close(recalled, expected)
 
 

@@ -127,7 +127,7 @@ SPEC: dict[str, Any] = {
     "layers": "blocks",
     "patch_embedding": "patches",
     "prefix_tokens": 3,
-    "has_cls": True,
+    "cls_token": 0,
     "norm": "before",
     "query": "q",
     "key": "k",
@@ -149,8 +149,8 @@ def test_a_spec_is_all_that_an_encoder_of_ones_own_needs() -> None:
 
 
 def test_an_unknown_encoder_is_an_error_that_names_what_to_give() -> None:
-    with pytest.raises(ValueError, match=r"_Encoder is no known vision encoder.*EncoderSpec"):
-        MultiLevelTap(_Encoder(), (1,))
+    with pytest.raises(ValueError, match=r"Linear has no list of blocks.*EncoderSpec"):
+        MultiLevelTap(nn.Linear(3, 3), (1,))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_spec_is_checked_when_the_tap_is_made(path: str) -> None:
 def test_a_grid_that_does_not_match_the_tokens_is_an_error() -> None:
     encoder = _Encoder()
     before = hooks(encoder)
-    with pytest.raises(ValueError, match=r"level 2 holds 25 positions, but the patch grid=4x6 has 24"):
+    with pytest.raises(ValueError, match=r"a hidden state holds 25 positions, but the patch grid=4x6 has 24"):
         captured(encoder, images(size=(8, 12)), levels=(2,), spec=EncoderSpec(**{**SPEC, "prefix_tokens": 2}))
     assert hooks(encoder) == before
 

@@ -6,8 +6,12 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import nn
+
+Order = Literal["raster", "channels_first", "packed", "blocks", "windows", "padded"]
+"""How the cells of a batch stand in a hidden state; see :mod:`vision_remember.arrangement`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,30 +21,59 @@ class EncoderSpec:
     Attributes:
         name: for messages and saved adapters.
         classes: class names (any in the encoder's method resolution order) that this spec describes.
-        layers: the blocks, a ``ModuleList`` whose items take and return (B, prefix + H*W, C).
-        patch_embedding: the convolution whose output (B, C, H, W) tells the feature grid.
-        prefix_tokens: tokens in front of the first patch.
-        has_cls: whether the first prefix token is a CLS token.
-        norm: in a block, the norm in front of the attention.
+        layers: the blocks, a ``ModuleList`` whose items take and return hidden states.
+        order: how cells stand in a hidden state.
+        width: in a block, a norm as wide as the hidden state.
+        prefix_tokens: for "raster", tokens in front of the first patch.
+        cls_token: for "raster", the position of the CLS token; None if there is none.
+        patch_embedding: for "raster", the convolution whose output (B, C, H, W) tells the grid; None if the grid is the
+            square of the patches.
+        sizes: for "packed", "blocks", "windows" and "padded", the argument of the encoder's forward that holds the
+            images' sizes: (frames, rows, columns) or (rows, columns) of each.
+        size_unit: path of the side of a cell in the unit of ``sizes``; None where these count cells.
+        merge: for "blocks" and "windows", the side of the blocks of cells that stand together, or its path.
+        window_size: for "windows", the path of a window's side in pixels.
+        patch_size: for "windows", the path of a cell's side in pixels.
+        norm: in a block, the norm in front of the attention; None if there is no attention to read saliency from.
         query: in a block, the linear query projection.
         key: in a block, the linear key projection.
+        fused: in a block, the linear projection of query, key and value in one, instead of ``query`` and ``key``.
         num_heads: in a block, the number of attention heads.
-        image_size: height and width of the images that the encoder is made for, a number or a pair.
+        image_size: height and width of the images that the encoder is made for, a number or a pair; None if any fits.
         pooling_head: a SigLIP pooling head with ``probe`` and ``attention``, where there is one.
     """
 
     name: str
     classes: tuple[str, ...]
     layers: str
-    patch_embedding: str
-    prefix_tokens: int
-    has_cls: bool
-    norm: str
-    query: str
-    key: str
-    num_heads: str
-    image_size: str = "config.image_size"
+    order: Order = "raster"
+    width: str | None = None
+    prefix_tokens: int = 0
+    cls_token: int | None = None
+    patch_embedding: str | None = None
+    sizes: str | None = None
+    size_unit: str | None = None
+    merge: str | int = 1
+    window_size: str | None = None
+    patch_size: str | None = None
+    norm: str | None = None
+    query: str | None = None
+    key: str | None = None
+    fused: str | None = None
+    num_heads: str | None = None
+    image_size: str | None = None
     pooling_head: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.order not in get_args(Order):
+            raise ValueError(f"order={self.order!r}: expected one of {', '.join(map(repr, get_args(Order)))}")
+        if self.order in ("packed", "blocks", "windows", "padded") and self.sizes is None:
+            raise ValueError(f"order={self.order!r} needs sizes, the argument that holds the images' sizes")
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether a saliency map can be read from the blocks."""
+        return self.norm is not None and (self.fused is not None or self.query is not None)
 
 
 _PAPER_DEPTH = 24
@@ -57,16 +90,31 @@ def find(root: object, path: str) -> object:
 
 
 def find_module(root: nn.Module, path: str, what: str) -> nn.Module:
-    """The module at a dotted path.
+    """The module at a dotted path; the empty path is ``root`` itself.
 
     Raises:
         ValueError: there is none; the message names the root, the path and ``what`` was looked for.
     """
     try:
-        module = find(root, path)
+        module = find(root, path) if path else root
     except AttributeError:
         module = None
     if not isinstance(module, nn.Module):
         children = ", ".join(name for name, _ in root.named_children())
         raise ValueError(f"{type(root).__name__} has no module {path!r} for its {what}; its children are: {children}")
     return module
+
+
+def level_width(encoder: nn.Module, spec: EncoderSpec) -> int:
+    """C, the width of a hidden state.
+
+    Raises:
+        ValueError: no norm of a block tells it.
+    """
+    block = next(find_module(encoder, spec.layers, "blocks").children())
+    path = spec.width or spec.norm
+    norm = find_module(block, path, "norm") if path else None
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        raise ValueError(f"{type(block).__name__} has no norm {path!r} whose weight tells the width of the features")
+    return int(weight.numel())

@@ -45,3 +45,16 @@ def region(start: int, stop: int, tokens: int, cells: int) -> tuple[int, int]:
     It is never empty, covers every cell, and reduces to equal blocks when ``cells`` is a multiple of ``tokens``.
     """
     return start * cells // tokens, -(-stop * cells // tokens)
+
+
+def token_grid_over(grid: Grid, tokens: int) -> Grid | None:
+    """The grid of ``tokens`` that lies over a grid of cells with as many cells per row as per column of a token.
+
+    None if no such grid exists. Where the cells do not divide evenly, a square grid over a square one will do.
+    """
+    height, width = grid
+    side = math.isqrt(height * width // tokens) if tokens else 0
+    if side and height % side == 0 and width % side == 0 and (height // side) * (width // side) == tokens:
+        return height // side, width // side
+    root = math.isqrt(tokens)
+    return (root, root) if height == width and root * root == tokens and 0 < root <= height else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -33,8 +33,30 @@ def spans(tokens: Sequence[int], tiles: Sequence[int]) -> tuple[Span, ...]:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """The features of tiles of one size.
+
+    Attributes:
+        numbers: the tiles' places among all tiles of the call.
+        features: (T, H*W, C), raster order, the levels joined on channels.
+        saliency: (T, H*W), or None.
+        feature_grid: (H, W).
+        token_grid: (h, w).
+    """
+
+    numbers: tuple[int, ...]
+    features: Tensor
+    saliency: Tensor | None
+    feature_grid: Grid
+    token_grid: Grid
+
+
+@dataclass(frozen=True)
 class VisionMemory:
-    """The features of the tiles of one call.
+    """The features of tiles of one size.
+
+    A call whose images have several sizes has a memory for each; they number the image tokens alike, and what is a cell
+    of one stands for no part of the image in the others.
 
     Attributes:
         features: (T, H*W, C), raster order, the levels joined on channels.
@@ -74,7 +96,7 @@ class VisionMemory:
             kept, slots = self._place(spans)
             device = placeholders.device
             positions, slots = positions.index_select(0, kept.to(device)), slots.to(device)
-        return Recall(self._take(tiles), VisionLayout(positions, slots, len(tiles), self.token_grid))
+        return Recall(((self._take(tiles), VisionLayout(positions, slots, len(tiles), self.token_grid)),))
 
     def recall_rows(self, rows: Tensor, placeholders: Tensor) -> Recall:
         """The recall for any part of the image tokens, as a chunk of a prefill holds them.
@@ -91,14 +113,14 @@ class VisionMemory:
         own = positions // length * (count * self.tile_tokens) + slots
         spare = sequences * count * self.tile_tokens
         layout = VisionLayout(positions, own.where(slots >= 0, spare), sequences * count, self.token_grid)
-        return Recall(self._take(list(range(count)) * sequences), layout)
+        return Recall(((self._take(list(range(count)) * sequences), layout),))
 
     @classmethod
     def nothing(cls, feature_dim: int, like: Tensor) -> Recall:
         """A recall without any image, through which a block's parameters still take part in a training step."""
         features = torch.zeros(0, 1, feature_dim, dtype=like.dtype, device=like.device)
         positions = torch.zeros(0, dtype=torch.long, device=like.device)
-        return Recall(cls(features, None, (1, 1), (1, 1), ()), VisionLayout(positions, None, 0, (1, 1)))
+        return Recall(((cls(features, None, (1, 1), (1, 1), ()), VisionLayout(positions, None, 0, (1, 1))),))
 
     def _place(self, spans: list[Span]) -> tuple[Tensor, Tensor]:
         """Of all rows of ``spans`` in order, those that stand for cells, and their slots in the spans' tiles."""
@@ -124,12 +146,51 @@ class VisionMemory:
         return replace(self, features=self.features[tiles], saliency=saliency)
 
 
+def memories(sizes: Sequence[Tiles], images: tuple[Span, ...], slots: Tensor | None = None) -> tuple[VisionMemory, ...]:
+    """The memories of one call, one for each size of tiles.
+
+    Args:
+        sizes: the tiles by size.
+        images: the images; their tiles are numbered over all sizes.
+        slots: (R,) on the CPU, which of the tokens of all tiles each image token is, -1 where it is none; None where
+            they are simply all tokens, tile by tile.
+    """
+    if len(sizes) == 1:
+        (only,) = sizes
+        return (VisionMemory(only.features, only.saliency, only.feature_grid, only.token_grid, images, slots),)
+    lengths = {number: tiles.token_grid[0] * tiles.token_grid[1] for tiles in sizes for number in tiles.numbers}
+    starts = [0, *accumulate(lengths[number] for number in range(len(lengths)))]
+    if slots is None:
+        slots = torch.arange(starts[-1])
+    return tuple(_of_one_size(tiles, images, slots, starts) for tiles in sizes)
+
+
+def _of_one_size(tiles: Tiles, images: tuple[Span, ...], slots: Tensor, starts: list[int]) -> VisionMemory:
+    length = tiles.token_grid[0] * tiles.token_grid[1]
+    own = torch.full_like(slots, -1)
+    for place, number in enumerate(tiles.numbers):
+        inside = (slots >= starts[number]) & (slots < starts[number + 1])
+        own[inside] = slots[inside] - starts[number] + place * length
+    counts = [sum(number in image.tiles for number in tiles.numbers) for image in images]
+    cuts = [0, *accumulate(counts)]
+    spans = tuple(Span(image.rows, range(cuts[i], cuts[i + 1])) for i, image in enumerate(images))
+    return VisionMemory(tiles.features, tiles.saliency, tiles.feature_grid, tiles.token_grid, spans, own)
+
+
 @dataclass(frozen=True)
 class Recall:
-    """A memory and where its tokens stand in the sequences of one decoder call."""
+    """Memories, and where their tokens stand in the sequences of one decoder call.
 
-    memory: VisionMemory
-    layout: VisionLayout
+    Attributes:
+        parts: a memory and a layout for each size of tiles; no position belongs to two of them.
+    """
+
+    parts: tuple[tuple[VisionMemory, VisionLayout], ...]
+
+    @classmethod
+    def joined(cls, recalls: Iterable[Recall]) -> Recall:
+        """The recall of all of them."""
+        return cls(tuple(part for recall in recalls for part in recall.parts))
 
     def through(self, block: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D), the vision tokens replaced by what ``block`` makes of them.
@@ -138,15 +199,17 @@ class Recall:
             block: called as :meth:`vision_remember.VisionRemember.forward` is.
             hidden: the residual stream. Its device decides where the work is done.
         """
-        memory = self.memory
-        tokens = block(
-            self.layout.gather(hidden),
-            memory.features.to(hidden.device),
-            token_grid=memory.token_grid,
-            feature_grid=memory.feature_grid,
-            saliency=None if memory.saliency is None else memory.saliency.to(hidden.device),
-        )
-        return self.layout.scatter(hidden, tokens)
+        remembered = hidden
+        for memory, layout in self.parts:
+            tokens = block(
+                layout.gather(hidden),
+                memory.features.to(hidden.device),
+                token_grid=memory.token_grid,
+                feature_grid=memory.feature_grid,
+                saliency=None if memory.saliency is None else memory.saliency.to(hidden.device),
+            )
+            remembered = layout.scatter(remembered, tokens)
+        return remembered
 
 
 def _positions(placeholders: Tensor, count: int) -> Tensor:

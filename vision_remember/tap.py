@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,48 +14,100 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vision_remember.arrangement import Arrangement, arrange
 from vision_remember.encoder import EncoderSpec, find, find_module
-from vision_remember.grid import Grid, check_length
+from vision_remember.grid import Grid
 from vision_remember.saliency import Center, cls_saliency
 from vision_remember.threads import RunStack
 
 SaliencySource = Literal["auto", "cls", "received", "map_head"]
 
 
+@dataclass(frozen=True)
+class CapturedGroup:
+    """What was captured of the tiles of one size.
+
+    Attributes:
+        numbers: the tiles' places among all tiles of the run.
+        grid: (H, W).
+        levels: one (T, H*W, C) per level in the order asked for.
+        saliency: (T, H*W) in (0, 1), or None.
+    """
+
+    numbers: tuple[int, ...]
+    grid: Grid
+    levels: tuple[Tensor, ...]
+    saliency: Tensor | None
+
+    def joined(self) -> Tensor:
+        """(T, H*W, levels*C), the levels joined on channels (Vision Remember, section 4.3)."""
+        return torch.cat(self.levels, dim=-1)
+
+
 @dataclass
 class Captured:
     """What one run of the encoder left. Empty until the encoder has run.
 
+    Where images have grids of their own (Qwen-VL, Pixtral, SigLIP 2), read :attr:`groups`; the other attributes are for
+    tiles of one size.
+
     Attributes:
-        level_features: one (B, H*W, C) per level, by ``hidden_states`` index.
-        saliency: (B, H*W) in (0, 1), without gradient; None if not asked for.
         output: what the encoder returned.
     """
 
-    _order: tuple[int, ...]
-    level_features: dict[int, Tensor] = field(default_factory=dict)
-    saliency: Tensor | None = None
+    _levels: tuple[int, ...]
     output: Any = None
-    _grid: Grid | None = None
+    _features: dict[int, list[Tensor]] = field(default_factory=dict)
+    _saliency: list[Tensor] | None = None
+    _arrangement: Arrangement | None = None
+    _arguments: dict[str, Any] = field(default_factory=dict)
+    _patch_grid: Grid | None = None
+
+    @property
+    def groups(self) -> list[CapturedGroup]:
+        """The tiles by size."""
+        missing = [level for level in self._levels if level not in self._features]
+        if missing or self._arrangement is None:
+            raise RuntimeError(f"levels {missing} were not captured: run the encoder inside capture()")
+        return [
+            CapturedGroup(
+                group.numbers,
+                group.grid,
+                tuple(self._features[level][place] for level in self._levels),
+                None if self._saliency is None else self._saliency[place],
+            )
+            for place, group in enumerate(self._arrangement.groups)
+        ]
 
     @property
     def levels(self) -> list[Tensor]:
         """The features, one (B, H*W, C) per level in the order asked for, prefix tokens removed, raster order."""
-        missing = [level for level in self._order if level not in self.level_features]
-        if missing:
-            raise RuntimeError(f"levels {missing} were not captured: run the encoder inside capture()")
-        return [self.level_features[level] for level in self._order]
+        return list(self._only().levels)
 
     @property
     def grid(self) -> Grid:
         """(H, W) of the features."""
-        if self._grid is None:
-            raise RuntimeError("no grid was captured: run the encoder inside capture()")
-        return self._grid
+        return self._only().grid
+
+    @property
+    def saliency(self) -> Tensor | None:
+        """(B, H*W) in (0, 1), without gradient; None if not asked for."""
+        return None if self._saliency is None else self._only().saliency
 
     def joined(self) -> Tensor:
         """(B, H*W, levels*C), the levels joined on channels (Vision Remember, section 4.3)."""
-        return torch.cat(self.levels, dim=-1)
+        return self._only().joined()
+
+    def forget(self) -> None:
+        """Makes room for another run of the encoder."""
+        self._features, self._saliency, self._arrangement, self._patch_grid = {}, None, None, None
+
+    def _only(self) -> CapturedGroup:
+        groups = self.groups
+        if len(groups) > 1:
+            sizes = ", ".join(f"{height}x{width}" for height, width in (group.grid for group in groups))
+            raise RuntimeError(f"the images have different grids ({sizes}): read .groups, which holds them by size")
+        return groups[0]
 
 
 class MultiLevelTap:
@@ -161,13 +214,18 @@ class MultiLevelTap:
     def _check_early(self) -> None:
         """Raises ValueError for what would otherwise fail in the first run: options and names of the spec."""
         cls_saliency(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1, 1), **self._saliency_options)
-        find_module(self.encoder, self.spec.patch_embedding, "patch embedding")
+        if self.spec.patch_embedding is not None:
+            find_module(self.encoder, self.spec.patch_embedding, "patch embedding")
         if self.saliency in ("cls", "received"):
             block = self._blocks()[self.saliency_level - 1]
-            for path in (self.spec.norm, self.spec.query, self.spec.key):
-                find_module(block, path, "saliency")
+            for path in (
+                (self.spec.norm, self.spec.fused)
+                if self.spec.fused
+                else (self.spec.norm, self.spec.query, self.spec.key)
+            ):
+                find_module(block, path or "", "saliency")
             try:
-                find(block, self.spec.num_heads)
+                find(block, self.spec.num_heads or "")
             except AttributeError:
                 raise ValueError(
                     f"{type(block).__name__} has no {self.spec.num_heads!r}, its number of heads"
@@ -187,9 +245,13 @@ class MultiLevelTap:
 
     def _register(self) -> list[RemovableHandle]:
         blocks = self._blocks()
-        patches = find_module(self.encoder, self.spec.patch_embedding, "patch embedding")
-        handles = [patches.register_forward_hook(self._keep_grid)]
-        handles.append(self.encoder.register_forward_hook(self._keep_output))
+        handles = [
+            self.encoder.register_forward_pre_hook(self._keep_arguments, with_kwargs=True),
+            self.encoder.register_forward_hook(self._keep_output),
+        ]
+        if self.spec.patch_embedding is not None:
+            patches = find_module(self.encoder, self.spec.patch_embedding, "patch embedding")
+            handles.append(patches.register_forward_hook(self._keep_patch_grid))
         for level in self.levels:
             if level == 0:
                 handles.append(blocks[0].register_forward_pre_hook(self._keep_embeddings, with_kwargs=True))
@@ -204,9 +266,17 @@ class MultiLevelTap:
             handles.append(block.register_forward_pre_hook(self._keep_saliency, with_kwargs=True))
         return handles
 
-    def _keep_grid(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def _keep_arguments(self, encoder: nn.Module, args: Any, kwargs: Any) -> None:
+        captured = self._runs.innermost()
+        if captured is None:
+            return
+        captured.forget()
+        if self.spec.sizes is not None:
+            captured._arguments = _bound(encoder, args, kwargs)
+
+    def _keep_patch_grid(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if (captured := self._runs.innermost()) is not None:
-            captured._grid = (output.shape[-2], output.shape[-1])
+            captured._patch_grid = (output.shape[-2], output.shape[-1])
 
     def _keep_output(self, encoder: nn.Module, args: Any, output: Any) -> None:
         if (captured := self._runs.innermost()) is not None:
@@ -217,9 +287,15 @@ class MultiLevelTap:
 
     def _keep_level(self, level: int, hidden: Tensor) -> None:
         if (captured := self._runs.innermost()) is not None:
-            features = hidden[:, self.spec.prefix_tokens :]
-            check_length(f"level {level}", features.shape[1], "the patch grid", captured.grid)
-            captured.level_features[level] = features
+            captured._features[level] = self._split(captured, hidden)
+
+    def _split(self, captured: Captured, hidden: Tensor) -> list[Tensor]:
+        """The cells of a hidden state by groups, each (T, H*W, C)."""
+        if self.spec.order == "channels_first":
+            hidden = hidden.movedim(1, -1)
+        if captured._arrangement is None:
+            captured._arrangement = arrange(self.encoder, self.spec, hidden, captured._arguments, captured._patch_grid)
+        return captured._arrangement.split(hidden)
 
     @torch.no_grad()
     def _keep_saliency(self, block: nn.Module, args: Any, kwargs: Any) -> None:
@@ -231,15 +307,29 @@ class MultiLevelTap:
         captured = self._runs.innermost()
         if captured is None:
             return
-        hidden = _first_input(args, kwargs)
-        normed = find_module(block, self.spec.norm, "attention norm")(hidden)
-        heads = find(block, self.spec.num_heads)
-        patches = normed[:, self.spec.prefix_tokens :]
-        # The mean over queries of a linear map is the map of the mean: one row instead of H*W.
-        source = normed[:, :1] if self.saliency == "cls" else patches.mean(1, keepdim=True)
-        query = find_module(block, self.spec.query, "query projection")(source).unflatten(-1, (heads, -1))
-        keys = find_module(block, self.spec.key, "key projection")(patches).unflatten(-1, (heads, -1))
-        captured.saliency = cls_saliency(query[:, 0], keys.transpose(1, 2), **self._saliency_options)
+        normed = find_module(block, self.spec.norm or "", "attention norm")(_first_input(args, kwargs))
+        heads = find(block, self.spec.num_heads or "")
+        maps = []
+        for patches in self._split(captured, normed):
+            if self.saliency == "cls":
+                assert self.spec.cls_token is not None
+                source = normed[:, self.spec.cls_token, None]
+            else:
+                # The mean over queries of a linear map is the map of the mean: one row instead of H*W.
+                source = patches.mean(1, keepdim=True)
+            query = self._project(block, "query", source).unflatten(-1, (heads, -1))
+            keys = self._project(block, "key", patches).unflatten(-1, (heads, -1))
+            maps.append(cls_saliency(query[:, 0], keys.transpose(1, 2), **self._saliency_options))
+        captured._saliency = maps
+
+    def _project(self, block: nn.Module, which: Literal["query", "key"], x: Tensor) -> Tensor:
+        if self.spec.fused is None:
+            path = self.spec.query if which == "query" else self.spec.key
+            projected: Tensor = find_module(block, path or "", which)(x)
+            return projected
+        # The whole projection, also where a part of it would do: its weight may be quantised, sharded or adapted.
+        part: Tensor = find_module(block, self.spec.fused, which)(x).chunk(3, dim=-1)[0 if which == "query" else 1]
+        return part
 
     @torch.no_grad()
     def _keep_head_saliency(self, head: nn.Module, args: Any) -> None:
@@ -252,7 +342,8 @@ class MultiLevelTap:
         query = nn.functional.linear(head.probe[:, 0], weights[0], biases[0])  # type: ignore[index]
         keys = nn.functional.linear(args[0], weights[1], biases[1]).unflatten(-1, (attention.num_heads, -1))
         query = query.unflatten(-1, (attention.num_heads, -1)).expand(len(keys), -1, -1)
-        captured.saliency = cls_saliency(query, keys.transpose(1, 2), **self._saliency_options)
+        saliency = cls_saliency(query, keys.transpose(1, 2), **self._saliency_options)
+        captured._saliency = [part[..., 0] for part in self._split(captured, saliency[..., None])]
 
 
 @dataclass
@@ -266,6 +357,12 @@ class _LevelHook:
         self.tap._keep_level(self.level, output[0] if isinstance(output, tuple) else output)
 
 
+def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a module's forward by name."""
+    names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
@@ -275,8 +372,10 @@ def _checked_source(
 ) -> Literal["cls", "received", "map_head"] | None:
     name = type(encoder).__name__
     if source == "auto":
-        return "cls" if spec.has_cls else "received"
-    if source == "cls" and not spec.has_cls:
+        return ("received" if spec.cls_token is None else "cls") if spec.has_attention else None
+    if source in ("cls", "received") and not spec.has_attention:
+        raise ValueError(f"saliency={source!r}: the blocks of {name} have no attention to read it from; use None")
+    if source == "cls" and spec.cls_token is None:
         raise ValueError(f"saliency='cls': {name} has no CLS token; use 'received'")
     if source == "map_head":
         try:

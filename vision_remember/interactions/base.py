@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,7 +19,12 @@ class Interaction(nn.Module, Generic[P]):
     Args:
         query_dim: D, width of the tokens.
         feature_dim: C, width of the features, all levels joined.
+
+    Attributes:
+        local: whether a token's place decides what it reads.
     """
+
+    local: ClassVar[bool] = True
 
     def __init__(self, query_dim: int, feature_dim: int) -> None:
         super().__init__()

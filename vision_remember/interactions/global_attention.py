@@ -16,6 +16,8 @@ class GlobalAttention(CrossAttention):
     features themselves. It takes the arguments of :class:`CrossAttention`.
     """
 
+    local = False
+
     def read(self, query: Tensor, key: Tensor, value: Tensor, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
         """Softmax over all cells; see :meth:`CrossAttention.read`."""
         return F.scaled_dot_product_attention(query, key, value)

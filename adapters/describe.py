@@ -1,0 +1,149 @@
+"""Describes a vision encoder that is in no table, by what its modules are."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from vision_remember.encoder import EncoderSpec
+
+_LAYERS = ("layers", "layer", "blocks", "resblocks")
+_QUERIES = ("q_proj", "query", "q", "wq", "to_q")
+_KEYS = ("k_proj", "key", "k", "wk", "to_k")
+_FUSED = ("qkv", "qkv_proj", "wqkv", "Wqkv", "query_key_value")
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads", "config.num_attention_heads", "config.num_heads")
+_MERGES = ("spatial_merge_size", "config.spatial_merge_size", "merge_size", "config.merge_size")
+_SIZES = ("grid_thw", "image_grid_thw", "spatial_shapes", "target_sizes", "image_sizes")
+_PATCHES = ("patch_size", "config.patch_size")
+
+
+def describe_encoder(encoder: nn.Module) -> list[EncoderSpec]:
+    """Specs that an encoder may have, read off its modules and the arguments of its forward; likeliest first.
+
+    There are several where images may have any size: these differ in the order of the cells, which no name tells, and
+    have to be tried.
+
+    Raises:
+        ValueError: no list of blocks, or blocks that tell neither their width nor their norm.
+    """
+    layers = _layers(encoder)
+    block: Any = next(encoder.get_submodule(layers).children())
+    norm = _first(block, lambda name, module: "norm" in type(module).__name__.lower() and _is_vector(module))
+    if norm is None:
+        raise ValueError(f"{type(block).__name__}, a block of {type(encoder).__name__}, has no norm: {_advice()}")
+    attention = _attention(block)
+    described: dict[str, Any] = {
+        "name": type(encoder).__name__,
+        "classes": (type(encoder).__name__,),
+        "layers": layers,
+        "width": norm,
+        "image_size": "config.image_size" if _has_numbers(encoder, "config.image_size") else None,
+        **({"norm": norm, **attention} if attention else {}),
+    }
+    orders = _orders(encoder)
+    if not orders:
+        patches = {"patch_embedding": _patch_embedding(encoder, layers)}
+        orders = [{"order": "raster", **_prefix(encoder), **patches}]
+    return [EncoderSpec(**described, **order) for order in orders]
+
+
+def _layers(encoder: nn.Module) -> str:
+    lists = [
+        (name.count("."), order, name)
+        for order, (name, module) in enumerate(encoder.named_modules())
+        if isinstance(module, nn.ModuleList)
+        and name.rpartition(".")[2] in _LAYERS
+        and len(module) > 0
+        and len({type(child) for child in module}) == 1
+    ]
+    if not lists:
+        raise ValueError(f"{type(encoder).__name__} has no list of blocks ({', '.join(_LAYERS)}): {_advice()}")
+    return min(lists)[2]
+
+
+def _attention(block: nn.Module) -> dict[str, str] | None:
+    """Paths of the projections in a block; None if it has none that can be read."""
+    name = _first(block, lambda name, module: "attention" in type(module).__name__.lower() or "attn" in name)
+    if name is None:
+        return None
+    attention = block.get_submodule(name)
+    linears = {path: module for path, module in attention.named_modules() if hasattr(module, "weight")}
+    heads = next((path for path in _HEADS if _has_numbers(attention, path)), None)
+    paths = {
+        which: next((path for path in linears if path.rpartition(".")[2] in names), None)
+        for which, names in (("query", _QUERIES), ("key", _KEYS), ("fused", _FUSED))
+    }
+    found = {which: f"{name}.{path}" for which, path in paths.items() if path is not None}
+    if heads is None or not ("fused" in found or {"query", "key"} <= found.keys()):
+        return None
+    if "query" in found and _outputs(linears[paths["query"]]) != _outputs(linears[paths["key"] or ""]):
+        return None  # fewer heads for keys than for queries
+    return {**found, "num_heads": f"{name}.{heads}"}
+
+
+def _orders(encoder: nn.Module) -> list[dict[str, Any]]:
+    """The orders that an encoder for images of any size may have; none for one that takes images of one size."""
+    arguments = inspect.signature(type(encoder).forward).parameters
+    sizes = next((name for name in _SIZES if name in arguments), None)
+    if sizes == "spatial_shapes":
+        return [{"order": "padded", "sizes": sizes}]
+    if sizes == "image_sizes":
+        unit = next((path for path in _PATCHES if _has_numbers(encoder, path)), None)
+        return [{"order": "packed", "sizes": sizes, "size_unit": unit}]
+    if sizes is None:
+        return []
+    orders: list[dict[str, Any]] = []
+    merge = next((path for path in _MERGES if _has_numbers(encoder, path)), 2)
+    blocks = {"order": "blocks", "sizes": sizes, "merge": merge}
+    if _has_numbers(encoder, "window_size") and _has_numbers(encoder, "patch_size"):
+        orders.append({**blocks, "order": "windows", "window_size": "window_size", "patch_size": "patch_size"})
+    return [*orders, blocks, {"order": "packed", "sizes": sizes}]
+
+
+def _prefix(encoder: nn.Module) -> dict[str, Any]:
+    """How many tokens stand in front of the patches, by the parameters that become tokens."""
+    tokens = {
+        name.rpartition(".")[2]: parameter.shape[-2] if parameter.ndim > 1 else 1
+        for name, parameter in encoder.named_parameters()
+        if any(word in name.rpartition(".")[2] for word in ("cls_token", "class_embedding", "register", "class_token"))
+    }
+    has_cls = any("cls" in name or "class" in name for name in tokens)
+    return {"prefix_tokens": sum(tokens.values()), "cls_token": 0 if has_cls else None}
+
+
+def _patch_embedding(encoder: nn.Module, layers: str) -> str | None:
+    """The convolution that cuts an image into patches, if there is one in front of the blocks."""
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Conv2d) and not name.startswith(f"{layers}.") and module.stride == module.kernel_size:
+            return name
+    return None
+
+
+def _first(block: nn.Module, wanted: Any) -> str | None:
+    return next((name for name, module in block.named_children() if wanted(name, module)), None)
+
+
+def _is_vector(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.ndim == 1
+
+
+def _outputs(module: Any) -> int:
+    return int(module.weight.shape[0])
+
+
+def _has_numbers(root: Any, path: str) -> bool:
+    for name in path.split("."):
+        root = getattr(root, name, None)
+    values: Iterable[Any] = root if isinstance(root, (list, tuple)) and root else [root]
+    return all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values)
+
+
+def _advice() -> str:
+    return (
+        "describe it with an EncoderSpec and pass MultiLevelTap(encoder, spec=...) or "
+        "attach_vision_remember(model, spec=MLLMSpec(encoder_spec=...))"
+    )
