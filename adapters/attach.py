@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from vision_remember.adapters.attachment import NAME, Attachment, feature_dim, find_attachment
+from vision_remember.adapters.devices import offloaded_placement
 from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.resolve import HostParts, block_placement, resolve
 from vision_remember.adapters.sharding import is_sharded
@@ -153,24 +153,10 @@ def _completed(config: VisionRememberConfig, parts: HostParts, tap: MultiLevelTa
 
 def _build_block(parts: HostParts, config: VisionRememberConfig, tap: MultiLevelTap, index: int) -> VisionRemember:
     layer = parts.layers[index]
-    device, dtype = _offloaded_placement(layer, parts.base) or block_placement(layer, parts.base)
+    device, dtype = offloaded_placement(layer, parts.base) or block_placement(layer, parts.base)
     width, levels = feature_dim(parts, tap), len(tap.levels)
     block = VisionRemember.from_config(config, parts.hidden_size, width, num_levels=levels).to(device, dtype)
     block.gradient_checkpointing = getattr(layer, "gradient_checkpointing", False)
     if block.gradient_checkpointing:
         block._gradient_checkpointing_func = layer._gradient_checkpointing_func  # type: ignore[assignment]
     return block.train(layer.training)
-
-
-def _offloaded_placement(layer: nn.Module, base: nn.Module) -> tuple[torch.device, torch.dtype] | None:
-    """Device and dtype for a block in front of a layer whose weights accelerate fetches for each call; None for others.
-
-    The block is not offloaded itself: it stays where the layer is computed.
-    """
-    for module in layer.modules():
-        hook: Any = getattr(module, "_hf_hook", None)
-        for part in getattr(hook, "hooks", (hook,)):
-            if getattr(part, "offload", False):
-                floating = (p for p in (*layer.parameters(), *base.parameters()) if p.is_floating_point())
-                return torch.device(part.execution_device), next(p.dtype for p in floating if p.dtype.itemsize >= 2)
-    return None

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vision_remember.adapters.devices import execution_device
 from vision_remember.adapters.encoding import Encoding, placeholders
 from vision_remember.adapters.idle_parameters import recall_nothing
 from vision_remember.adapters.resolve import HostParts
@@ -182,10 +183,10 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     recall: Recall | None = kwargs.pop(NAME, None)
     if recall is None:
         return None
-    block = layer.get_submodule(NAME)
-    if args:
-        return (recall.through(block, args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": recall.through(block, kwargs["hidden_states"])}
+    block, device = layer.get_submodule(NAME), execution_device(layer)
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    remembered = recall.through(block, hidden if device is None else hidden.to(device))
+    return ((remembered, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": remembered})
 
 
 def feature_dim(parts: HostParts, tap: MultiLevelTap) -> int:

@@ -72,6 +72,25 @@ def test_an_offloaded_model_can_be_attached_to(offload: Any, tmp_path: Path) -> 
     assert torch.equal(logits(model, **inputs), logits(build_llava(), **inputs))
 
 
+@pytest.mark.parametrize("layer", [2, 3], ids=["first layer of its device", "later layer"])
+def test_layers_on_a_second_device(layer: int) -> None:
+    """The meta device is the second one: it computes no numbers, but it refuses tensors of another."""
+    model = build_llava()
+    attach_vision_remember(model, [layer])
+    decoder = {"embed_tokens": "cpu", "rotary_emb": "cpu", "norm": "meta"}
+    decoder |= {f"layers.{index}": "meta" if index > 1 else "cpu" for index in range(4)}
+    places = {"lm_head": "meta", "model.vision_tower": "cpu", "model.multi_modal_projector": "cpu"}
+    places |= {f"model.language_model.{name}": device for name, device in decoder.items()}
+    model = accelerate.dispatch_model(model, places, main_device="cpu", force_hooks=True)
+    model._hf_hook.io_same_device = False
+    calls = []
+    model.model.language_model.layers[layer].vision_remember.register_forward_hook(
+        lambda block, args, output: calls.append(output.device.type)
+    )
+    assert logits(model, **batch(model)).device.type == "meta"
+    assert calls == ["meta"]
+
+
 def test_a_model_loaded_by_device_map_in_bfloat16(tmp_path: Path) -> None:
     build_llava().save_pretrained(tmp_path)
     model = hf.LlavaForConditionalGeneration.from_pretrained(tmp_path, device_map="cpu", dtype=torch.bfloat16)
