@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vision_remember.adapters.devices import execution_device
-from vision_remember.adapters.encoding import Encoding, placeholders
+from vision_remember.adapters.encoding import Encoding
 from vision_remember.adapters.idle_parameters import recall_nothing
+from vision_remember.adapters.own_forward import OwnForward
 from vision_remember.adapters.resolve import HostParts
+from vision_remember.adapters.tokens import placeholders
 from vision_remember.adapters.transport import FeatureInterception, rows_of, with_rows, without_rows
 from vision_remember.config import VisionRememberConfig
 from vision_remember.encoder import find_module, level_width
@@ -68,6 +70,11 @@ class Attachment:
         layers = [parts.layers[index] for index in config.layers]
         self._encoding = Encoding(parts.model, parts.spec, tap, config.token_grid, layers)
         self._feature_dim = feature_dim(parts, tap)
+        self._decoder = parts.decoder
+        takes = inspect.signature(type(parts.base).forward).parameters
+        self._own_forward = (
+            None if "mm_encoder_outputs" in takes else OwnForward(self._encoding, self._token_ids, NAME, self._nothing)
+        )
         self._handles: list[RemovableHandle] = []
 
     def install(self, blocks: dict[int, VisionRemember]) -> None:
@@ -76,7 +83,10 @@ class Attachment:
             self.tap.install()
             INTERCEPTION.add(self._base)
             setattr(self._base, SLOT, self)
-            self._handles.append(self._base.register_forward_pre_hook(self.before_base, with_kwargs=True))
+            if self._own_forward is None:
+                self._handles.append(self._base.register_forward_pre_hook(self.before_base, with_kwargs=True))
+            else:
+                self._handles += self._own_forward.register(self._base, self._decoder)
             for index, block in blocks.items():
                 self._layers[index].add_module(NAME, block)
                 hook = self._layers[index].register_forward_pre_hook(before_layer, with_kwargs=True)
@@ -118,9 +128,13 @@ class Attachment:
     def encode_ahead(
         self, base: nn.Module, method: Callable[..., Any], modality: str, *args: Any, **kwargs: Any
     ) -> Any:
-        """An encoding method outside a forward pass: the memory rides along in the output."""
+        """An encoding method called by anyone but us: outside a forward pass the memory rides along in the output."""
         if not self.enabled or self._encoding.running:
             return method(base, *args, **kwargs)
+        if self._own_forward is not None:
+            if not self._own_forward.running:
+                return method(base, *args, **kwargs)
+            return self._own_forward.encode(base, method, modality, *args, **kwargs)
         output, memory = self._encoding.run(base, method, modality, *args, **kwargs)
         # A caller who asks for a tuple wants the features, not a forward pass with them.
         return output if isinstance(output, tuple) else with_rows(output, memory)
@@ -152,12 +166,16 @@ class Attachment:
         if recalls:
             kwargs["mm_encoder_outputs"] = encoded
             return Recall.joined(recalls)
-        if base.training and torch.is_grad_enabled():
-            # Processes that train together must agree on which parameters take part in a step.
-            path = self.spec.projector
-            projector = [] if path is None else [find_module(self.model, path, "projector")]
-            return recall_nothing(base, self._feature_dim, [self.tap.encoder, *projector])
-        return None
+        return self._nothing(base)
+
+    def _nothing(self, module: nn.Module) -> Recall | None:
+        """The recall of a training step without images; outside training None."""
+        if not (self.enabled and module.training and torch.is_grad_enabled()):
+            return None
+        # Processes that train together must agree on which parameters take part in a step.
+        path = self.spec.projector
+        projector = [] if path is None else [find_module(self.model, path, "projector")]
+        return recall_nothing(module, self._feature_dim, [self.tap.encoder, *projector])
 
 
 def _recall_encoded(output: Any, places: Tensor) -> Recall:

@@ -57,7 +57,7 @@ def adapter_modules(attachment: Attachment, projector: nn.Module | None) -> dict
 
 def describe_base(parts: HostParts) -> dict[str, Any]:
     """The properties of a host that an adapter depends on."""
-    config: Any = parts.model.config
+    config: Any = getattr(parts.model, "config", None)
     return {
         "class": class_name(parts.model),
         "encoder": model_type_of(parts.encoder),

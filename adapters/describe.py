@@ -17,6 +17,7 @@ _FUSED = ("qkv", "qkv_proj", "wqkv", "Wqkv", "query_key_value")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads", "config.num_attention_heads", "config.num_heads")
 _MERGES = ("spatial_merge_size", "config.spatial_merge_size", "merge_size", "config.merge_size")
 _SIZES = ("grid_thw", "image_grid_thw", "spatial_shapes", "target_sizes", "image_sizes")
+_IMAGES = ("config.image_size", "patch_embed.img_size", "image_size")
 _PATCHES = ("patch_size", "config.patch_size")
 
 
@@ -40,13 +41,15 @@ def describe_encoder(encoder: nn.Module) -> list[EncoderSpec]:
         "classes": (type(encoder).__name__,),
         "layers": layers,
         "width": norm,
-        "image_size": "config.image_size" if _has_numbers(encoder, "config.image_size") else None,
+        "image_size": next((path for path in _IMAGES if _has_numbers(encoder, path)), None),
         **({"norm": norm, **attention} if attention else {}),
     }
     orders = _orders(encoder)
     if not orders:
         patches = {"patch_embedding": _patch_embedding(encoder, layers)}
         orders = [{"order": "raster", **_prefix(encoder), **patches}]
+        if any(isinstance(module, nn.Conv2d) for module in block.modules()):
+            orders.insert(0, {"order": "channels_first"})
     return [EncoderSpec(**described, **order) for order in orders]
 
 
@@ -54,14 +57,16 @@ def _layers(encoder: nn.Module) -> str:
     lists = [
         (name.count("."), order, name)
         for order, (name, module) in enumerate(encoder.named_modules())
-        if isinstance(module, nn.ModuleList)
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
         and name.rpartition(".")[2] in _LAYERS
         and len(module) > 0
         and len({type(child) for child in module}) == 1
     ]
     if not lists:
         raise ValueError(f"{type(encoder).__name__} has no list of blocks ({', '.join(_LAYERS)}): {_advice()}")
-    return min(lists)[2]
+    depth = min(lists)[0]
+    # Of stages one after the other the last, whose features are the host's.
+    return [name for level, _, name in lists if level == depth][-1]
 
 
 def _attention(block: nn.Module) -> dict[str, str] | None:
@@ -70,6 +75,8 @@ def _attention(block: nn.Module) -> dict[str, str] | None:
     if name is None:
         return None
     attention = block.get_submodule(name)
+    if isinstance(attention, nn.MultiheadAttention):
+        return {"fused": name, "num_heads": f"{name}.num_heads"} if attention._qkv_same_embed_dim else None
     linears = {path: module for path, module in attention.named_modules() if hasattr(module, "weight")}
     heads = next((path for path in _HEADS if _has_numbers(attention, path)), None)
     paths = {
@@ -108,7 +115,10 @@ def _prefix(encoder: nn.Module) -> dict[str, Any]:
     tokens = {
         name.rpartition(".")[2]: parameter.shape[-2] if parameter.ndim > 1 else 1
         for name, parameter in encoder.named_parameters()
-        if any(word in name.rpartition(".")[2] for word in ("cls_token", "class_embedding", "register", "class_token"))
+        if any(
+            word in name.rpartition(".")[2]
+            for word in ("cls_token", "class_embedding", "class_token", "register", "reg_token")
+        )
     }
     has_cls = any("cls" in name or "class" in name for name in tokens)
     return {"prefix_tokens": sum(tokens.values()), "cls_token": 0 if has_cls else None}

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vision_remember.adapters.activation_checkpointing import refuse_reentrant
 from vision_remember.adapters.packing import recorded_outputs, trace_packing
 from vision_remember.adapters.resolve import projected_grid
 from vision_remember.adapters.spec import MLLMSpec
+from vision_remember.adapters.tokens import image_tokens
 from vision_remember.encoder import find_module
 from vision_remember.grid import Grid, token_grid_over
 from vision_remember.memory import Tiles, VisionMemory, memories, spans
@@ -62,7 +62,7 @@ class Encoding:
         )
         with self._running.running(True), self._tap.record() as captured, outputs as projected:
             output = method(base, *args, **kwargs)
-        images = output[-1] if isinstance(output, tuple) else output.pooler_output
+        images = image_tokens(output)
         counts = [len(image) for image in images]
         groups = captured.groups
         tile_count = sum(len(group.numbers) for group in groups)
@@ -135,13 +135,3 @@ def _check_tokens(counts: list[int], token_grid: Grid) -> None:
             f"the projector made {wrong[0]} vision tokens of a tile, but token_grid={h}x{w} has {h * w}; give its grid "
             "to attach_vision_remember(model, token_grid=(rows, columns))"
         )
-
-
-def placeholders(base: nn.Module, kwargs: dict[str, Any], token_id: int) -> Tensor:
-    """(B, S), where the tokens of a modality go."""
-    if kwargs.get("input_ids") is not None:
-        at: Tensor = kwargs["input_ids"] == token_id
-        return at
-    embeds: Tensor = kwargs["inputs_embeds"]
-    token = torch.full((), token_id, dtype=torch.long, device=embeds.device)
-    return (embeds == base.get_input_embeddings()(token)).all(-1)  # type: ignore[operator]

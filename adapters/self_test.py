@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vision_remember.adapters.tokens import image_tokens
 from vision_remember.arrangement import Arrangement
 from vision_remember.encoder import EncoderSpec, find_module
 from vision_remember.grid import Grid, region, token_grid_over
@@ -64,7 +65,7 @@ def find_geometry(
         places = _places(captured._arrangement, clean[0], spec)
         count = sum(len(group.numbers) for group in groups)
         sizes = _token_counts(groups, total, spec)
-        probe = _Probe(blocks, clean, get_image_features, sample)
+        probe = _Probe(blocks, clean, get_image_features, sample, spec.order)
         own = _own_tokens(probe, groups, places, sizes, count)
         return [
             Geometry(group.grid, _token_grid(probe, group.grid, places[index], [own[n] for n in group.numbers]))
@@ -76,18 +77,24 @@ class _Probe:
     """Runs the host with NaN in chosen places of every block's output."""
 
     def __init__(
-        self, blocks: nn.Module, clean: list[Tensor], get_image_features: Callable[..., Any], sample: dict[str, Any]
+        self,
+        blocks: nn.Module,
+        clean: list[Tensor],
+        get_image_features: Callable[..., Any],
+        sample: dict[str, Any],
+        order: str,
     ) -> None:
-        self._blocks, self._clean = blocks, clean
+        self._blocks, self._clean, self._order = blocks, clean, order
         self._run, self._sample = get_image_features, sample
 
     def touched(self, places: Tensor) -> Tensor:
         """(tokens,), whether each token depends on one of the places of the flattened positions."""
         with ExitStack() as stack:
             for block, output in zip(self._blocks.children(), self._clean, strict=True):
-                poisoned = output.flatten(0, -2).clone()
-                poisoned[places] = math.nan
-                poisoned = poisoned.view(output.shape)
+                poisoned = _last(output, self._order)
+                cells = poisoned.flatten(0, -2).clone()
+                cells[places] = math.nan
+                poisoned = _last(cells.view(poisoned.shape), self._order, back=True)
                 stack.enter_context(_replaced(block, poisoned))
             return _tokens(self._run(**self._sample)).isnan().any(-1)
 
@@ -184,15 +191,21 @@ def _boxes_agree(probe: _Probe, grid: Grid, token_grid: Grid, where: Tensor, tok
 
 def _places(arrangement: Arrangement, hidden: Tensor, spec: EncoderSpec) -> list[Tensor]:
     """For each group (T, H*W), the place of each cell among the flattened positions of a hidden state."""
-    shape = hidden.shape[:-1]
+    shape = _last(hidden, spec.order).shape[:-1]
     numbers = torch.arange(math.prod(shape), device=hidden.device).view(*shape, 1)
     return [part[..., 0] for part in arrangement.split(numbers)]
 
 
+def _last(hidden: Tensor, order: str, *, back: bool = False) -> Tensor:
+    """A hidden state with its channels last; ``back`` undoes it."""
+    if order != "channels_first":
+        return hidden
+    return hidden.movedim(-1, 1) if back else hidden.movedim(1, -1)
+
+
 def _tokens(output: Any) -> Tensor:
     """(N, D), all image tokens in the order of their placeholders."""
-    images = output[-1] if isinstance(output, tuple) else output.pooler_output
-    return torch.cat([image.reshape(-1, image.shape[-1]) for image in images])
+    return torch.cat([image.reshape(-1, image.shape[-1]) for image in image_tokens(output)])
 
 
 @contextmanager

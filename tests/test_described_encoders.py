@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from vision_remember import MultiLevelTap
-from vision_remember.adapters.encoders import known_encoder
+from vision_remember.adapters.encoders import ENCODERS, known_encoder
 
 HEADS = 4
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": HEADS}
@@ -107,6 +107,11 @@ PACKED: dict[str, Callable[[], Any]] = {
         _vision("Qwen3VLConfig", hidden_size=32, intermediate_size=48, deepstack_visual_indexes=[1])
     ),
 }
+
+
+def test_every_registered_tower_for_images_of_any_size_is_among_them() -> None:
+    packed = {name for name, spec in ENCODERS.items() if spec.order != "raster"}
+    assert packed == {known_encoder(build(make)).name for make in PACKED.values()}  # type: ignore[union-attr]
 
 
 def _vision(config: str, **options: Any) -> Any:

@@ -13,10 +13,13 @@ import torch
 import transformers as hf
 import trl
 from PIL import Image
+from transformers.trainer_utils import load_sharded_checkpoint
 
 from tests.hosts import batch, build_llava, randomise
 from tests.processors import llava_processor
 from vision_remember import attach_vision_remember, compress_projector, load_vision_remember
+from vision_remember.adapters.attachment import find_attachment
+from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.resolve import unwrapped
 from vision_remember.adapters.trainer import ADAPTER_FOLDER, VisionRememberCallback
 
@@ -106,6 +109,21 @@ def test_resuming_restores_nothing_without_the_callback(straight: tuple[Any, Pat
     attach_vision_remember(model, LAYERS).set_phase(2)
     trainer(model, tmp_path, None).train(resume_from_checkpoint=True)
     assert not same(model, expected)
+
+
+def test_checkpoints_in_several_files_are_restored(tmp_path: Path) -> None:
+    """A Trainer writes large models so."""
+    model, twin = host(), host()
+    for each in (model, twin):
+        trainer(each, tmp_path / "run", VisionRememberCallback(LAYERS))
+    randomise(VisionRememberHandle(find_attachment(model)))
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    model.save_pretrained(tmp_path / "files", max_shard_size="100KB")
+    assert len(list((tmp_path / "files").glob("*.safetensors"))) > 2
+    assert not same(twin, model)
+    load_sharded_checkpoint(twin, str(tmp_path / "files"), strict=False)
+    assert same(twin, model)
 
 
 def test_a_checkpoint_is_a_base_and_an_adapter_folder(straight: tuple[Any, Path]) -> None:

@@ -21,7 +21,7 @@ class EncoderSpec:
     Attributes:
         name: for messages and saved adapters.
         classes: class names (any in the encoder's method resolution order) that this spec describes.
-        layers: the blocks, a ``ModuleList`` whose items take and return hidden states.
+        layers: the blocks, a ``ModuleList`` or ``Sequential`` whose items take and return hidden states.
         order: how cells stand in a hidden state.
         width: in a block, a norm as wide as the hidden state.
         prefix_tokens: for "raster", tokens in front of the first patch.
@@ -37,7 +37,8 @@ class EncoderSpec:
         norm: in a block, the norm in front of the attention; None if there is no attention to read saliency from.
         query: in a block, the linear query projection.
         key: in a block, the linear key projection.
-        fused: in a block, the linear projection of query, key and value in one, instead of ``query`` and ``key``.
+        fused: in a block, the linear projection of query, key and value in one, or an ``nn.MultiheadAttention``,
+            instead of ``query`` and ``key``.
         num_heads: in a block, the number of attention heads.
         image_size: height and width of the images that the encoder is made for, a number or a pair; None if any fits.
         pooling_head: a SigLIP pooling head with ``probe`` and ``attention``, where there is one.

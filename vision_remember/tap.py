@@ -100,7 +100,7 @@ class Captured:
 
     def forget(self) -> None:
         """Makes room for another run of the encoder."""
-        self._features, self._saliency, self._arrangement, self._patch_grid = {}, None, None, None
+        self._features, self._saliency, self._arrangement = {}, None, None
 
     def _only(self) -> CapturedGroup:
         groups = self.groups
@@ -205,11 +205,11 @@ class MultiLevelTap:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
-    def _blocks(self) -> nn.ModuleList:
+    def _blocks(self) -> list[nn.Module]:
         blocks = find_module(self.encoder, self.spec.layers, "blocks")
-        if not isinstance(blocks, nn.ModuleList):
+        if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
             raise ValueError(f"{type(self.encoder).__name__}.{self.spec.layers}: expected a ModuleList of blocks")
-        return blocks
+        return list(blocks)
 
     def _check_early(self) -> None:
         """Raises ValueError for what would otherwise fail in the first run: options and names of the spec."""
@@ -248,6 +248,8 @@ class MultiLevelTap:
         handles = [
             self.encoder.register_forward_pre_hook(self._keep_arguments, with_kwargs=True),
             self.encoder.register_forward_hook(self._keep_output),
+            # By the first block, not by the encoder: timm's forward_features is no module call.
+            blocks[0].register_forward_pre_hook(self._start),
         ]
         if self.spec.patch_embedding is not None:
             patches = find_module(self.encoder, self.spec.patch_embedding, "patch embedding")
@@ -268,11 +270,12 @@ class MultiLevelTap:
 
     def _keep_arguments(self, encoder: nn.Module, args: Any, kwargs: Any) -> None:
         captured = self._runs.innermost()
-        if captured is None:
-            return
-        captured.forget()
-        if self.spec.sizes is not None:
+        if captured is not None and self.spec.sizes is not None:
             captured._arguments = _bound(encoder, args, kwargs)
+
+    def _start(self, block: nn.Module, args: Any) -> None:
+        if (captured := self._runs.innermost()) is not None:
+            captured.forget()
 
     def _keep_patch_grid(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if (captured := self._runs.innermost()) is not None:
@@ -327,9 +330,13 @@ class MultiLevelTap:
             path = self.spec.query if which == "query" else self.spec.key
             projected: Tensor = find_module(block, path or "", which)(x)
             return projected
+        module, part = find_module(block, self.spec.fused, which), 0 if which == "query" else 1
+        if isinstance(module, nn.MultiheadAttention):
+            bias = None if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[part]
+            return nn.functional.linear(x, module.in_proj_weight.chunk(3)[part], bias)
         # The whole projection, also where a part of it would do: its weight may be quantised, sharded or adapted.
-        part: Tensor = find_module(block, self.spec.fused, which)(x).chunk(3, dim=-1)[0 if which == "query" else 1]
-        return part
+        fused: Tensor = module(x)
+        return fused.chunk(3, dim=-1)[part]
 
     @torch.no_grad()
     def _keep_head_saliency(self, head: nn.Module, args: Any) -> None:

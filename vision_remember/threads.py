@@ -22,11 +22,19 @@ class RunStack(Generic[T]):
     @contextmanager
     def running(self, value: T) -> Iterator[T]:
         """Inside the ``with``, ``value`` is the innermost of this thread."""
-        values = self._values()
-        values.append(value)
+        self.push(value)
         try:
             yield value
         finally:
+            self.pop()
+
+    def push(self, value: T) -> None:
+        """Begins a run that the matching :meth:`pop` ends."""
+        self._values().append(value)
+
+    def pop(self) -> None:
+        """Ends the innermost run; nothing happens outside any."""
+        if values := self._values():
             values.pop()
 
     def innermost(self) -> T | None:

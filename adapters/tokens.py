@@ -1,0 +1,25 @@
+"""The image tokens that a host makes, and the places in its sequences where they go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def image_tokens(output: Any) -> Any:
+    """One (tokens, D) for each image, of what an encoding method returned."""
+    if isinstance(output, (Tensor, list)):
+        return output
+    return output[-1] if isinstance(output, tuple) else output.pooler_output
+
+
+def placeholders(base: nn.Module, kwargs: dict[str, Any], token_id: int) -> Tensor:
+    """(B, S), where the tokens of a modality go."""
+    if kwargs.get("input_ids") is not None:
+        at: Tensor = kwargs["input_ids"] == token_id
+        return at
+    embeds: Tensor = kwargs["inputs_embeds"]
+    token = torch.full((), token_id, dtype=torch.long, device=embeds.device)
+    return (embeds == base.get_input_embeddings()(token)).all(-1)  # type: ignore[operator]
