@@ -15,6 +15,9 @@ from vision_remember.encoder import EncoderSpec, find
 _SIDES = ((6, 10), (4, 8))
 """Rows and columns of the sample's images, in blocks of cells: not square, so that a mix-up of the two shows."""
 
+_ANY_SIZE = (256, 256)
+"""Pixels of the sample for an encoder that names no size: convolutions take any."""
+
 
 def samples(
     base: nn.Module, get_image_features: Callable[..., Any], encoder: nn.Module, spec: EncoderSpec
@@ -89,9 +92,7 @@ def _square(encoder: nn.Module, spec: EncoderSpec, names: set[str]) -> Iterator[
     """Square images, each by itself or as the only tile of a sample."""
     if not {"pixel_values", "pixel_values_images"} & names or {"image_grid_thw", "spatial_shapes"} & names:
         return
-    size = _size(encoder, spec)
-    if size is None:
-        return
+    size = _size(encoder, spec) or _ANY_SIZE
     name = "pixel_values_images" if "pixel_values_images" in names else "pixel_values"
     more: dict[str, Any] = {}
     if "image_sizes" in names:

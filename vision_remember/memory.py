@@ -198,7 +198,12 @@ class Recall:
         Args:
             block: called as :meth:`vision_remember.VisionRemember.forward` is.
             hidden: the residual stream. Its device decides where the work is done.
+
+        Raises:
+            ValueError: the residual stream has another shape, as that of a decoder with several parallel streams.
         """
+        if hidden.ndim != 3:
+            raise ValueError(f"the decoder's hidden states have shape {tuple(hidden.shape)}, expected (B, S, D)")
         remembered = hidden
         for memory, layout in self.parts:
             tokens = block(
