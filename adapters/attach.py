@@ -130,9 +130,6 @@ def _build_tap(parts: HostParts, config: VisionRememberConfig) -> MultiLevelTap:
 def _completed(config: VisionRememberConfig, parts: HostParts, tap: MultiLevelTap) -> VisionRememberConfig:
     """The configuration with everything that was left to the host filled in."""
     projected = parts.token_grid
-    end_tokens = getattr(parts.projector, "end_tokens", 0)
-    if end_tokens:
-        raise ValueError(f"end_tokens={end_tokens}: Vision Remember cannot tell them from an image's yet")
     if hasattr(parts.projector, "out_grid") and config.token_grid not in (None, projected):
         assert projected is not None
         raise ValueError(f"token_grid={config.token_grid}: the projector makes a grid of {projected[0]}x{projected[1]}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from vision_remember.memory import Recall, VisionMemory
 
 
-def recall_nothing(base: nn.Module, feature_dim: int, modules: Iterable[nn.Module]) -> Recall:
+def recall_nothing(base: nn.Module, level_dims: Sequence[int], modules: Iterable[nn.Module]) -> Recall:
     """A recall without any image, which gives the blocks gradients of zero; and ``modules`` too, on several processes.
 
     Processes that train together exchange gradients of the same parameters in every step: one whose batch is text only
@@ -21,16 +21,17 @@ def recall_nothing(base: nn.Module, feature_dim: int, modules: Iterable[nn.Modul
 
     Args:
         base: the host's module.
-        feature_dim: C, width of the joined levels.
+        level_dims: c of each level.
         modules: whose parameters only images reach.
     """
     like = next(p for p in base.parameters() if p.is_floating_point())
-    recall = VisionMemory.nothing(feature_dim, like)
+    recall = VisionMemory.nothing(level_dims, like)
     if not (dist.is_available() and dist.is_initialized()):
         return recall
     ((memory, layout),) = recall.parts
-    features = _joined_to(memory.features, (p for module in modules for p in module.parameters()))
-    return Recall(((replace(memory, features=features), layout),))
+    first, *others = memory.levels
+    first = _joined_to(first, (p for module in modules for p in module.parameters()))
+    return Recall(((replace(memory, levels=(first, *others)), layout),))
 
 
 def _joined_to(features: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:

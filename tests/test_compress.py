@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import transformers as hf
 from tests.fingerprint import Fingerprint
 from tests.hosts import ENCODER_CONFIGS, IMAGE_TOKEN, VOCABULARY, batch, build_llava
 from tests.processors import llava_processor
-from vision_remember import attach_vision_remember, compress_projector
+from vision_remember import attach_vision_remember, compress_projector, load_vision_remember
 
 # The grids of CLIP-L/14-336 and SigLIP-so400m/14-384.
 REAL_SIZES = {"clip": (336, 14, 576, 144), "siglip": (384, 14, 729, 196)}
@@ -187,6 +188,17 @@ def test_a_budget_moves_projector_and_processor_together() -> None:
     assert int((ask(processor, 1)["input_ids"] == IMAGE_TOKEN).sum()) == 576
     with pytest.raises(RuntimeError, match="restored already"):
         handle.set_budget(36)
+
+
+def test_a_loaded_adapter_still_sets_its_budget(tmp_path: Path) -> None:
+    model, processor = real_sized("clip")
+    compress_projector(model, processor, "matryoshka", ratio=4)
+    attach_vision_remember(model, [1]).save_pretrained(tmp_path)
+    fresh, other = real_sized("clip")
+    handle = load_vision_remember(fresh, tmp_path, other)
+    assert handle.compression is not None
+    handle.compression.set_budget(36)
+    assert int((ask(other, 1)["input_ids"] == IMAGE_TOKEN).sum()) == 36
 
 
 def test_a_block_reads_at_every_budget() -> None:

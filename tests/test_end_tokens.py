@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.hosts import IMAGE_TOKEN
+from tests.hosts import IMAGE_TOKEN, randomise
 from tests.test_compress import ask, real_sized
 from vision_remember import PROJECTORS, attach_vision_remember, build_projector, compress_projector
 
@@ -70,5 +70,21 @@ def test_the_processor_counts_them(name: str) -> None:
     with torch.no_grad():
         model(**inputs)  # raises if placeholders and features disagree
     assert str(handle).endswith("12x12 = 144 tokens per image and 2 at the end")
-    with pytest.raises(ValueError, match="end_tokens=2: Vision Remember cannot tell them"):
-        attach_vision_remember(model, [1])
+    expected = logits(model, inputs)
+    attached = attach_vision_remember(model, [0])
+    assert torch.equal(logits(model, inputs), expected)
+    randomise(attached)
+    seen: list[torch.Tensor] = []
+    layer = model.model.language_model.layers[0]
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]), prepend=True)
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    logits(model, inputs)
+    changed = (seen[0] != seen[1]).any(-1)
+    expected = inputs["input_ids"] == IMAGE_TOKEN
+    expected[expected.clone()] = (torch.arange(146) < 144).repeat(2)
+    assert torch.equal(changed, expected)
+
+
+def logits(model: Any, inputs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
