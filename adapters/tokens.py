@@ -13,7 +13,13 @@ def image_tokens(output: Any) -> Any:
     """One (tokens, D) for each image, of what an encoding method returned."""
     if isinstance(output, (Tensor, list)):
         return output
-    return output[-1] if isinstance(output, tuple) else output.pooler_output
+    if isinstance(output, tuple):
+        return output[-1]
+    if output.pooler_output is not None:
+        return output.pooler_output
+    # A host that adds its tokens in front of several layers has pairs of a layer and the tokens for it.
+    _, images = output.deepstack_features[0]
+    return images
 
 
 def text_positions(base: nn.Module, kwargs: dict[str, Any], token_ids: Iterable[int]) -> Tensor:
