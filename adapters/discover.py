@@ -37,9 +37,15 @@ def discover(model: nn.Module) -> MLLMSpec:
             f"{name} has no get_image_features on its base model: images reach the language model in another way than "
             f"as tokens of its sequence. {_advice()}"
         )
+    if base is model and "generate" in vars(type(model)):
+        raise ValueError(
+            f"{name} has a generate() of its own, which encodes images and runs the language model without the forward "
+            "pass that carries the memory"
+        )
     encoder = _accessor(model, "encoder")
     decoder = _accessor(model, "decoder")
     layers = _layers(decoder)
+    _refuse_streams(decoder)
     encoder_spec, geometry = _geometry(model, base, encoder)
     return MLLMSpec(
         name=getattr(getattr(model, "config", None), "model_type", name),
@@ -74,6 +80,16 @@ def _layers(decoder: nn.Module) -> str:
         if isinstance(module, nn.ModuleList):
             return path
     raise ValueError(f"{type(decoder).__name__} has no list of decoder layers. {_advice()}")
+
+
+def _refuse_streams(decoder: nn.Module) -> None:
+    for name in ("hc_mult", "hc_count"):
+        streams = getattr(getattr(decoder, "config", None), name, 1)
+        if streams > 1:
+            raise ValueError(
+                f"the layers of {type(decoder).__name__} hand on {streams} streams of hidden states (config.{name}); "
+                "a block refines one"
+            )
 
 
 def _geometry(model: nn.Module, base: Any, encoder: nn.Module) -> tuple[EncoderSpec, TokenGeometry]:

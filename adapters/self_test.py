@@ -89,14 +89,23 @@ class _Probe:
 
     def touched(self, places: Tensor) -> Tensor:
         """(tokens,), whether each token depends on one of the places of the flattened positions."""
+        return self._tokens_with(places, math.nan).isnan().any(-1)
+
+    def changed(self, places: Tensor) -> Tensor:
+        """(tokens,), the same by a change of the places, which weights of zero stop and NaN passes."""
+        nowhere = places[:0]
+        return (self._tokens_with(places, 1e3) != self._tokens_with(nowhere, 0.0)).any(-1)
+
+    def _tokens_with(self, places: Tensor, value: float) -> Tensor:
+        """(tokens, D), the image tokens with a value in the places of every block's output."""
         with ExitStack() as stack:
             for block, output in zip(self._blocks.children(), self._clean, strict=True):
                 poisoned = _last(output, self._order)
                 cells = poisoned.flatten(0, -2).clone()
-                cells[places] = math.nan
+                cells[places] = value
                 poisoned = _last(cells.view(poisoned.shape), self._order, back=True)
                 stack.enter_context(_replaced(block, poisoned))
-            return _tokens(self._run(**self._sample)).isnan().any(-1)
+            return _tokens(self._run(**self._sample))
 
 
 def _own_tokens(
@@ -152,7 +161,9 @@ def _token_grid(probe: _Probe, grid: Grid, places: Tensor, own: list[Tensor]) ->
     if token_grid is not None and torch.equal(touched, _expected(chosen, grid, token_grid)):
         return token_grid
     if touched.all():
-        return None
+        changed = torch.stack([probe.changed(where[cells.to(where.device)])[tokens] for cells in chosen]).cpu()
+        agree = token_grid is not None and torch.equal(changed, _expected(chosen, grid, token_grid))
+        return token_grid if agree else None
     if token_grid is not None and _boxes_agree(probe, grid, token_grid, where, tokens):
         return token_grid
     raise ValueError(

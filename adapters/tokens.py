@@ -12,7 +12,10 @@ def image_tokens(output: Any) -> Any:
     """One (tokens, D) for each image, of what an encoding method returned."""
     if isinstance(output, (Tensor, list)):
         return output
-    return output[-1] if isinstance(output, tuple) else output.pooler_output
+    if isinstance(output, tuple):
+        return output[-1]
+    # Some hosts project the tokens in their forward pass.
+    return output.last_hidden_state if output.pooler_output is None else output.pooler_output
 
 
 def placeholders(base: nn.Module, kwargs: dict[str, Any], token_id: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
+from vision_remember.adapters.tokens import image_tokens
 from vision_remember.memory import VisionMemory
 
 METHODS = {"image": "get_image_features", "video": "get_video_features"}
@@ -74,7 +75,7 @@ def _with_deepstack(cls: type[ModelOutput]) -> type[ModelOutput]:
 
 def with_rows(output: Any, memory: tuple[VisionMemory, ...]) -> ModelOutput:
     """An output of the host's encoding, with rows that lead back to ``memory``."""
-    images = output.pooler_output
+    images = image_tokens(output)
     rows = [MemoryRows.of(memory, number, image.device) for number, image in enumerate(images)]
     fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
     cls: type[ModelOutput] = type(output)

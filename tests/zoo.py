@@ -1,0 +1,110 @@
+"""Small hosts of transformers' image-text-to-text mapping: default configurations, shrunk, with random weights."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from tests.zoo_configs import FIXES, GIVEN, IMAGE_TOKEN, TEXT, VISION, shrink, small_rope
+from vision_remember.adapters.resolve import HostParts
+from vision_remember.adapters.sample import samples
+from vision_remember.adapters.tokens import image_tokens
+
+CLASSES: dict[str, str] = {
+    model_type: names if isinstance(names, str) else names[0]
+    for model_type, names in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()
+}
+_PREFIX_ATTENTION = ("paligemma",)
+_LARGEST = 50_000_000
+
+
+def small_config(model_type: str) -> Any:
+    """The default configuration of a host, shrunk."""
+    config: Any = CONFIG_MAPPING[model_type](**GIVEN.get(model_type, {}))
+    given = GIVEN.get(model_type, {})
+    if "text_config" not in given and (text := getattr(config, "text_config", None)) is not None:
+        shrink(text, TEXT)
+        small_rope(text)
+    if "vision_config" not in given and getattr(config, "vision_config", None) is not None:
+        shrink(config.vision_config, VISION)
+    tokens = [name for name in vars(config) if name.endswith(("token_id", "token_index", "patch_id"))]
+    for number, name in enumerate(tokens):
+        if name in ("image_token_id", "image_token_index", "image_patch_id"):
+            setattr(config, name, IMAGE_TOKEN)
+        elif isinstance(getattr(config, name), int):
+            setattr(config, name, 150 + number)
+    if model_type in FIXES:
+        FIXES[model_type](config)
+    return config
+
+
+def build_host(model_type: str) -> Any:
+    """A host in eval mode; all weights are random but large enough that images matter to the logits."""
+    model_class = getattr(hf, CLASSES[model_type])
+    config = small_config(model_type)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in model_class(config).parameters())
+    assert size < _LARGEST, f"{model_type} has {size / 1e6:.0f} million parameters: shrink it in tests/zoo_configs.py"
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not torch.isfinite(parameter).all():
+                parameter.zero_()
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    return model
+
+
+def call_inputs(model: Any, parts: HostParts) -> dict[str, Any]:
+    """A prompt with two images: the library's own sample, text around it, and what else the host's forward needs."""
+    base: Any = parts.base
+    sample, counts = _sample(base, parts)
+    start = getattr(model.config, "vision_start_token_id", 5)
+    row = [3, 4]
+    for count in counts:
+        row += [start] + [parts.image_token_id] * count + [6, 7]
+    ids = torch.tensor([[*row, 8, 9]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **sample}
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in inspect.signature(type(base).forward).parameters:
+            # In PaliGemma 0 marks the prompt, whatever it holds; in others 1 marks the images.
+            marked = (ids == parts.image_token_id) & (model.config.model_type not in _PREFIX_ATTENTION)
+            inputs[name] = marked.long()
+    return inputs
+
+
+def extended(model: Any, inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
+    """The inputs of a prompt that was continued with text.
+
+    Args:
+        model: that they are for.
+        inputs: of the prompt.
+        ids: (1, S), the prompt and its continuation.
+    """
+    longer = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in inputs:
+            more = torch.full_like(ids[:, inputs[name].shape[1] :], int(model.config.model_type in _PREFIX_ATTENTION))
+            longer[name] = torch.cat([inputs[name], more], 1)
+    return longer
+
+
+def _sample(base: Any, parts: HostParts) -> tuple[dict[str, Any], list[int]]:
+    """Arguments of ``get_image_features`` and how many tokens it makes of each image."""
+    failures = []
+    for sample in samples(base, base.get_image_features, parts.encoder, parts.encoder_spec):
+        try:
+            with torch.no_grad():
+                output = base.get_image_features(**sample, return_dict=True)
+        except Exception as error:  # noqa: BLE001
+            failures.append(f"{type(error).__name__}: {error}")
+        else:
+            return sample, [image[..., 0].numel() for image in image_tokens(output)]
+    raise AssertionError(failures)
