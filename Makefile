@@ -8,6 +8,8 @@ PYTEST_ARGS ?=
 PY := $(VENV)/bin/python
 INSTALLING := $(VENV)/.installing
 INSTALLED := $(VENV)/.installed
+# timm and open_clip bring torchvision, which must not stand beside a CPU build of torch: a folder of their own.
+EXTERNAL := $(VENV)-external
 # One thread per worker: more of them wait for each other, and the suite takes ten times as long.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
@@ -45,15 +47,22 @@ format: venv ## sort imports, mend what ruff can mend, format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-test: venv ## the tests, without those marked slow
-	$(PYTEST) $(PYTEST_ARGS)
+$(EXTERNAL)/.installed: $(INSTALLED) tests/external/requirements.txt
+	@rm -rf $(EXTERNAL)
+	@$(PY) -m pip install -qq --no-deps --target $(EXTERNAL) --requirement tests/external/requirements.txt
+	@touch $@
 
-test-all: venv ## all tests
+test: venv $(EXTERNAL)/.installed ## the tests, without those marked slow
+	$(PYTEST) $(PYTEST_ARGS)
+	PYTHONPATH=$(EXTERNAL) $(PYTEST) tests/external
+
+test-all: venv $(EXTERNAL)/.installed ## all tests
 	$(PYTEST) -m "" $(PYTEST_ARGS)
+	PYTHONPATH=$(EXTERNAL) $(PYTEST) -m "" tests/external
 
 demo: venv ## train and compare on rendered pages
 	$(PY) -m examples.demo
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(EXTERNAL) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from vision_remember.adapters.encoding import Encoding
 from vision_remember.adapters.own_forward import OwnForward
 from vision_remember.adapters.resolve import HostParts
-from vision_remember.adapters.tokens import placeholders
+from vision_remember.adapters.tokens import placeholders, text_positions
 from vision_remember.adapters.transport import FeatureInterception, rows_of, with_rows, without_rows
 from vision_remember.config import VisionRememberConfig
 from vision_remember.encoder import find_module, level_width
@@ -67,11 +67,13 @@ class Attachment:
             self._token_ids["video"] = parts.video_token_id
         layers = [parts.layers[index] for index in config.layers]
         self._encoding = Encoding(parts.model, parts.spec, tap, config.token_grid, layers)
-        self._feature_dim = feature_dim(parts, tap)
+        self._level_dims = [level_width(parts.encoder, parts.encoder_spec)] * len(tap.levels)
         self._decoder = parts.decoder
         takes = inspect.signature(type(parts.base).forward).parameters
         self._own_forward = (
-            None if "mm_encoder_outputs" in takes else OwnForward(self._encoding, self._token_ids, NAME, self._nothing)
+            None
+            if "mm_encoder_outputs" in takes
+            else OwnForward(self._encoding, self._token_ids, NAME, self._text, self._nothing)
         )
         self._handles: list[RemovableHandle] = []
 
@@ -161,15 +163,21 @@ class Attachment:
                 kwargs[_PIXELS[modality]] = None
         if recalls:
             kwargs["mm_encoder_outputs"] = encoded
-            return Recall.joined(recalls)
+            return Recall.joined(recalls, self._text(base, kwargs))
         return self._nothing(base)
+
+    def _text(self, base: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
+        """(B, S), where text stands, if a block asks for it."""
+        if self.config.token_mixer != "text_guided":
+            return None
+        return text_positions(base, kwargs, self._token_ids.values())
 
     def _nothing(self, module: nn.Module) -> Recall | None:
         """The recall of a training step without images; outside training None."""
         if not (self.enabled and module.training and torch.is_grad_enabled()):
             return None
         # Processes that train together must agree on which parameters take part in a step.
-        return VisionMemory.nothing(self._feature_dim, next(p for p in module.parameters() if p.is_floating_point()))
+        return VisionMemory.nothing(self._level_dims, next(p for p in module.parameters() if p.is_floating_point()))
 
 
 def _recall_encoded(output: Any, places: Tensor) -> Recall:

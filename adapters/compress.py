@@ -13,7 +13,7 @@ from vision_remember.adapters.resolve import HostParts, resolve
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.encoder import find_module, level_width, scale_levels
 from vision_remember.grid import Grid
-from vision_remember.projectors import PROJECTORS, Projector, build_projector
+from vision_remember.projectors import PROJECTORS, Matryoshka, Projector, build_projector
 
 
 class CompressionHandle:
@@ -29,6 +29,7 @@ class CompressionHandle:
         assert parts.spec.projector is not None
         self.projector = projector
         self.token_grid = projector.out_grid(parts.feature_grid)
+        self._feature_grid = parts.feature_grid
         self._model, self._path = parts.model, parts.spec.projector
         self._original = find_module(parts.model, parts.spec.projector, "projector")
         self._config: Any = parts.model.config
@@ -40,18 +41,49 @@ class CompressionHandle:
 
     def install(self) -> None:
         """Puts the projector and the processor's count in place: both, or neither if anything fails."""
-        h, w = self.token_grid
         try:
             _replace(self._model, self._path, self.projector)
             self._config.vision_feature_layer = self._layer
-            if self._count is not None:
-                PlaceholderCount.for_tokens(h * w, self._processor).write(self._processor)
-                made = count_placeholders(self._processor)
-                if made != h * w:
-                    raise ValueError(f"the processor emits {made} image tokens, the projector {h * w}")
+            self._tell_processor()
         except BaseException:
             self._undo()
             raise
+
+    def set_budget(self, tokens: int | None) -> None:
+        """Makes a projector with nested token counts, "matryoshka", emit this many tokens per image from now on.
+
+        The processor then emits as many placeholders. None goes back to the ratio or grid of the construction. Works
+        with Vision Remember attached as well: its blocks take the grid of each call.
+
+        Raises:
+            ValueError: the projector has no budgets, or the features do not nest into this one. Projector and processor
+                are then as they were.
+            RuntimeError: the projector is no longer the one that was swapped in.
+        """
+        if not isinstance(self.projector, Matryoshka):
+            raise ValueError(f"{type(self.projector).__name__} has one token count; only 'matryoshka' has budgets")
+        self._check_installed()
+        before = self.projector.budget
+        count = None if self._count is None else PlaceholderCount.read(self._processor)
+        self.projector.set_budget(tokens)
+        try:
+            grid = self.projector.out_grid(self._feature_grid)
+            self._tell_processor()
+        except BaseException:
+            self.projector.set_budget(before)
+            if count is not None:
+                count.write(self._processor)
+            raise
+        self.token_grid = grid
+
+    def _tell_processor(self) -> None:
+        if self._count is None:
+            return
+        tokens = self.projector.num_tokens(self._feature_grid)
+        PlaceholderCount.for_tokens(tokens, self._processor).write(self._processor)
+        made = count_placeholders(self._processor)
+        if made != tokens:
+            raise ValueError(f"the processor emits {made} image tokens, the projector {tokens}")
 
     def restore(self) -> None:
         """Puts back the model's own projector, with the weights that it had, and the processor's count.
@@ -61,9 +93,12 @@ class CompressionHandle:
         """
         if find_attachment(self._model) is not None:
             raise RuntimeError("Vision Remember is attached on top of this projector; detach it first")
+        self._check_installed()
+        self._undo()
+
+    def _check_installed(self) -> None:
         if find_module(self._model, self._path, "projector") is not self.projector:
             raise RuntimeError("the projector was restored already, or replaced by another")
-        self._undo()
 
     def _undo(self) -> None:
         _replace(self._model, self._path, self._original)
@@ -73,7 +108,8 @@ class CompressionHandle:
 
     def __repr__(self) -> str:
         h, w = self.token_grid
-        return f"{type(self.projector).__name__}: {h}x{w} = {h * w} tokens per image"
+        end = f" and {self.projector.end_tokens} at the end" if self.projector.end_tokens else ""
+        return f"{type(self.projector).__name__}: {h}x{w} = {h * w} tokens per image{end}"
 
 
 def compress_projector(

@@ -17,7 +17,7 @@ _FUSED = ("qkv", "qkv_proj", "wqkv", "Wqkv", "query_key_value")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads", "config.num_attention_heads", "config.num_heads")
 _MERGES = ("spatial_merge_size", "config.spatial_merge_size", "merge_size", "config.merge_size")
 _SIZES = ("grid_thw", "image_grid_thw", "image_grid_hw", "target_sizes", "spatial_shapes", "pixel_position_ids")
-_IMAGES = ("config.image_size", "patch_embed.img_size", "image_size")
+_IMAGES = ("config.image_size", "patch_embed.img_size", "timm_model.patch_embed.img_size", "image_size")
 _PATCHES = ("patch_size", "config.patch_size")
 
 
@@ -32,15 +32,16 @@ def describe_encoder(encoder: nn.Module) -> list[EncoderSpec]:
     """
     layers = _layers(encoder)
     block: Any = next(encoder.get_submodule(layers).children())
-    norm = _first(block, lambda name, module: "norm" in type(module).__name__.lower() and _is_vector(module))
-    if norm is None:
+    norm = next((name for name, module in block.named_children() if _is_norm(module)), None)
+    width = norm or next((name for name, module in block.named_modules() if _is_norm(module)), None)
+    if width is None:
         raise ValueError(f"{type(block).__name__}, a block of {type(encoder).__name__}, has no norm: {_advice()}")
-    attention = _attention(block)
+    attention = _attention(block) if norm is not None else None
     described: dict[str, Any] = {
         "name": type(encoder).__name__,
         "classes": (type(encoder).__name__,),
         "layers": layers,
-        "width": norm,
+        "width": width,
         "image_size": next((path for path in _IMAGES if _has_numbers(encoder, path)), None),
         **({"norm": norm, **attention} if attention else {}),
     }
@@ -74,7 +75,8 @@ def _layers(encoder: nn.Module) -> str:
 
 def _attention(block: nn.Module) -> dict[str, str] | None:
     """Paths of the projections in a block; None if it has none that can be read."""
-    name = _first(block, lambda name, module: "attention" in type(module).__name__.lower() or "attn" in name)
+    names = block.named_children()
+    name = next((name for name, part in names if "attention" in type(part).__name__.lower() or "attn" in name), None)
     if name is None:
         return None
     attention = block.get_submodule(name)
@@ -136,13 +138,10 @@ def _patch_embedding(encoder: nn.Module, layers: str) -> str | None:
     return None
 
 
-def _first(block: nn.Module, wanted: Any) -> str | None:
-    return next((name for name, module in block.named_children() if wanted(name, module)), None)
-
-
-def _is_vector(module: nn.Module) -> bool:
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is a norm whose weight tells the width."""
     weight = getattr(module, "weight", None)
-    return weight is not None and weight.ndim == 1
+    return "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1
 
 
 def _outputs(module: Any) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vision_remember.adapters.activation_checkpointing import refuse_reentrant
@@ -66,9 +67,11 @@ class Encoding:
         counts = [len(image) for image in images]
         groups = captured.groups
         tile_count = sum(len(group.numbers) for group in groups)
+        ends = getattr(projector, "end_tokens", 0)
         grids = [self._tokens_of(group, sum(counts) // max(tile_count, 1)) for group in groups]
         if self._spec.plain:
-            slots, tiles = None, _tiles_of(counts, groups, grids)
+            tiles = _tiles_of(counts, groups, grids, ends)
+            slots = _slots_before_ends(tile_count, grids[0], ends) if ends else None
         else:
             per_tile = projected[-1].shape[1]
             if modality == "video" and per_tile != grids[0][0] * grids[0][1]:
@@ -95,30 +98,37 @@ class Encoding:
         return {encoder: captured.output, projector: projected}, projector
 
     def _tiles(self, group: CapturedGroup, token_grid: Grid) -> Tiles:
-        features = group.joined()
+        levels = group.levels
         # Inputs of a frozen encoder may require grad (activation checkpointing does that); its features need none, and
         # two checkpointed layers must not share a graph.
         if not any(parameter.requires_grad for parameter in self._tap.encoder.parameters()):
-            features = features.detach()
-        elif features.requires_grad:
+            levels = tuple(level.detach() for level in levels)
+        elif any(level.requires_grad for level in levels):
             refuse_reentrant(self._layers)
-        return Tiles(group.numbers, features, group.saliency, group.grid, token_grid)
+        return Tiles(group.numbers, levels, group.saliency, group.grid, token_grid)
 
 
-def _tiles_of(counts: list[int], groups: list[CapturedGroup], grids: list[Grid]) -> list[int]:
-    """How many tiles each image has, so that their tokens are the image's.
+def _slots_before_ends(tiles: int, token_grid: Grid, ends: int) -> Tensor:
+    """Which of all tiles' tokens each image token is, where ``ends`` tokens of no place follow each tile's."""
+    count = token_grid[0] * token_grid[1]
+    numbers = torch.arange(tiles * count).view(tiles, count)
+    return torch.nn.functional.pad(numbers, (0, ends), value=-1).flatten()
+
+
+def _tiles_of(counts: list[int], groups: list[CapturedGroup], grids: list[Grid], ends: int) -> list[int]:
+    """How many tiles each image has, so that their tokens, and ``ends`` more for each, are the image's.
 
     Raises:
         ValueError: no number of tiles has as many tokens.
     """
-    lengths = {number: h * w for group, (h, w) in zip(groups, grids, strict=True) for number in group.numbers}
+    lengths = {number: h * w + ends for group, (h, w) in zip(groups, grids, strict=True) for number in group.numbers}
     tiles, number = [], 0
     for count in counts:
         first, held = number, 0
         while held < count and number < len(lengths):
             held, number = held + lengths[number], number + 1
         if held != count:
-            _check_tokens([count], grids[0])
+            _check_tokens([count - ends], grids[0])
             raise ValueError(f"an image has {count} vision tokens, but its tiles have {held}")
         tiles.append(number - first)
     if number < len(lengths):

@@ -11,16 +11,22 @@ from torch import nn
 
 from vision_remember.adapters.attachment import Attachment
 from vision_remember.adapters.checkpoint import save_adapter
+from vision_remember.adapters.compress import CompressionHandle
 from vision_remember.adapters.resolve import HostParts, resolve
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.config import VisionRememberConfig
 
 
 class VisionRememberHandle:
-    """Vision Remember as attached to one model. ``print(handle)`` shows a table."""
+    """Vision Remember as attached to one model. ``print(handle)`` shows a table.
+
+    Attributes:
+        compression: the handle of a projector that was loaded with the adapter; else None.
+    """
 
     def __init__(self, attachment: Attachment) -> None:
         self._own = attachment
+        self.compression: CompressionHandle | None = None
 
     @property
     def _attachment(self) -> Attachment:

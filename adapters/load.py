@@ -69,6 +69,7 @@ def load_vision_remember(
         if compression is not None:
             compression.restore()
         raise
+    handle.compression = compression
     return handle
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vision_remember.adapters.encoding import Encoding
@@ -23,6 +23,7 @@ from vision_remember.threads import RunStack
 class _Pass:
     """One forward pass: its arguments and the recalls of what it encoded."""
 
+    base: nn.Module
     arguments: dict[str, Any]
     recalls: list[Recall] = field(default_factory=list)
 
@@ -34,6 +35,7 @@ class OwnForward:
         encoding: encodes with memory.
         token_ids: of the placeholders, by modality.
         keyword: carries the recall to the decoder.
+        text: (B, S), where text stands, if a block asks for it.
         nothing: the recall of a training step without images, or None.
     """
 
@@ -42,10 +44,11 @@ class OwnForward:
         encoding: Encoding,
         token_ids: dict[str, int],
         keyword: str,
+        text: Callable[[nn.Module, dict[str, Any]], Tensor | None],
         nothing: Callable[[nn.Module], Recall | None],
     ) -> None:
         self._encoding, self._token_ids = encoding, token_ids
-        self._keyword, self._nothing = keyword, nothing
+        self._keyword, self._text, self._nothing = keyword, text, nothing
         self._passes: RunStack[_Pass] = RunStack()
 
     def register(self, base: nn.Module, decoder: nn.Module) -> list[RemovableHandle]:
@@ -72,7 +75,7 @@ class OwnForward:
 
     def _open(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = inspect.signature(base.forward).parameters
-        self._passes.push(_Pass({**dict(zip(names, args, strict=False)), **kwargs}))
+        self._passes.push(_Pass(base, {**dict(zip(names, args, strict=False)), **kwargs}))
 
     def _close(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._passes.pop()
@@ -81,5 +84,8 @@ class OwnForward:
         current = self._passes.innermost()
         if current is None:
             return None
-        recall = Recall.joined(current.recalls) if current.recalls else self._nothing(decoder)
+        if current.recalls:
+            recall: Recall | None = Recall.joined(current.recalls, self._text(current.base, current.arguments))
+        else:
+            recall = self._nothing(decoder)
         return None if recall is None else (args, {**kwargs, self._keyword: recall})

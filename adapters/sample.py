@@ -21,6 +21,8 @@ _KNOWN = _SIZED | {
     *("pixel_values", "pixel_values_images", "high_res_pixel_values", "image_sizes", "image_merge_sizes"),
     *("qformer_input_ids", "pixel_attention_mask"),
 }
+_ANY_SIZE = (256, 256)
+"""Pixels of the sample for an encoder that names no size: convolutions take any."""
 
 
 def samples(
@@ -140,14 +142,14 @@ def _square(encoder: nn.Module, spec: EncoderSpec, names: set[str]) -> Iterator[
     """Square images, each by itself or as the only tile of a sample."""
     if not {"pixel_values", "pixel_values_images"} & names or _SIZED & names:
         return
-    size = _size(encoder, spec)
-    if size is None:
-        return
+    size = _size(encoder, spec) or _ANY_SIZE
     name = "pixel_values_images" if "pixel_values_images" in names else "pixel_values"
     more: dict[str, Any] = {}
     if "image_sizes" in names:
         more = {"image_sizes": torch.tensor([size] * 2)}
     yield {name: torch.Size((2, 3, *size)), **more}
+    if more:
+        yield {name: torch.Size((2, 3, *size))}
     yield {name: torch.Size((1, 2, 3, *size)), **more}
     if "pixel_attention_mask" in names:
         yield {name: torch.Size((1, 2, 3, *size)), "pixel_attention_mask": torch.ones(1, 2, dtype=torch.bool)}

@@ -89,22 +89,21 @@ class _Probe:
 
     def touched(self, places: Tensor) -> Tensor:
         """(tokens,), whether each token depends on one of the places of the flattened positions."""
-        return self._tokens_with(places, math.nan).isnan().any(-1)
+        return self._tokens(places, lambda cells: torch.full_like(cells, math.nan)).isnan().any(-1)
 
-    def changed(self, places: Tensor) -> Tensor:
-        """(tokens,), the same by a change of the places, which weights of zero stop and NaN passes."""
+    def moved(self, places: Tensor) -> Tensor:
+        """(tokens,), how far each token moves when the values at the places are other ones."""
         nowhere = places[:0]
-        return (self._tokens_with(places, 1e3) != self._tokens_with(nowhere, 0.0)).any(-1)
+        return (self._tokens(places, torch.neg) - self._tokens(nowhere, torch.neg)).float().norm(dim=-1)
 
-    def _tokens_with(self, places: Tensor, value: float) -> Tensor:
-        """(tokens, D), the image tokens with a value in the places of every block's output."""
+    def _tokens(self, places: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """(tokens, D), the tokens when every block's output is changed at the places."""
         with ExitStack() as stack:
             for block, output in zip(self._blocks.children(), self._clean, strict=True):
-                poisoned = _last(output, self._order)
-                cells = poisoned.flatten(0, -2).clone()
-                cells[places] = value
-                poisoned = _last(cells.view(poisoned.shape), self._order, back=True)
-                stack.enter_context(_replaced(block, poisoned))
+                hidden = _last(output, self._order)
+                cells = hidden.flatten(0, -2).clone()
+                cells[places] = change(cells[places])
+                stack.enter_context(_replaced(block, _last(cells.view(hidden.shape), self._order, back=True)))
             return _tokens(self._run(**self._sample))
 
 
@@ -161,9 +160,10 @@ def _token_grid(probe: _Probe, grid: Grid, places: Tensor, own: list[Tensor]) ->
     if token_grid is not None and torch.equal(touched, _expected(chosen, grid, token_grid)):
         return token_grid
     if touched.all():
-        changed = torch.stack([probe.changed(where[cells.to(where.device)])[tokens] for cells in chosen]).cpu()
-        agree = token_grid is not None and torch.equal(changed, _expected(chosen, grid, token_grid))
-        return token_grid if agree else None
+        # A gate over the whole tile lets each token depend on every cell a little; a resampler, on any.
+        return (
+            token_grid if token_grid is not None and _own_cells_rule(probe, grid, token_grid, where, tokens) else None
+        )
     if token_grid is not None and _boxes_agree(probe, grid, token_grid, where, tokens):
         return token_grid
     raise ValueError(
@@ -177,6 +177,22 @@ def _expected(chosen: Tensor, grid: Grid, token_grid: Grid) -> Tensor:
     cells = chosen.view(-1, *grid)
     rows, columns = ([region(i, i + 1, t, c) for i in range(t)] for t, c in zip(token_grid, grid, strict=True))
     return torch.stack([cells[:, a:b, c:d].flatten(1).any(1) for a, b in rows for c, d in columns], dim=1)
+
+
+def _own_cells_rule(probe: _Probe, grid: Grid, token_grid: Grid, where: Tensor, tokens: Tensor) -> bool:
+    """Whether the row and the column of cells that move a token most lie under it or, as convolutions may have it,
+    under its neighbours."""
+    raster = where.view(grid)
+    for axis in (0, 1):
+        if token_grid[axis] == 1:
+            continue
+        moved = torch.stack([probe.moved(raster.select(axis, n).flatten())[tokens] for n in range(grid[axis])]).cpu()
+        for token, line in enumerate(moved.argmax(0).tolist()):
+            place = token // token_grid[1] if axis == 0 else token % token_grid[1]
+            start, stop = region(max(place - 1, 0), min(place + 2, token_grid[axis]), token_grid[axis], grid[axis])
+            if not start <= line < stop:
+                return False
+    return True
 
 
 def _boxes_agree(probe: _Probe, grid: Grid, token_grid: Grid, where: Tensor, tokens: Tensor) -> bool:

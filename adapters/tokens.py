@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ def image_tokens(output: Any) -> Any:
         return output[-1]
     # Some hosts project the tokens in their forward pass.
     return output.last_hidden_state if output.pooler_output is None else output.pooler_output
+
+
+def text_positions(base: nn.Module, kwargs: dict[str, Any], token_ids: Iterable[int]) -> Tensor:
+    """(B, S), where text stands: neither placeholders nor padding."""
+    text = ~torch.stack([placeholders(base, kwargs, token) for token in token_ids]).any(0)
+    mask = kwargs.get("attention_mask")
+    # With a cache the mask covers what came before too.
+    return text & mask[:, -text.shape[1] :].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else text
 
 
 def placeholders(base: nn.Module, kwargs: dict[str, Any], token_id: int) -> Tensor:

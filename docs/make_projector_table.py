@@ -63,6 +63,7 @@ SOURCES: dict[str, tuple[Work, ...]] = {
     "c_abstractor": (HONEYBEE,),
     "d_abstractor": (HONEYBEE,),
     "deformable_pool": (Work("MoME", "2407.12709", "JiuTian-VL/MoME", "MIT, but no code published"),),
+    "honeybee_resampler": (HONEYBEE,),
     "ldp": (Work("MobileVLM", "2312.16886", MOBILEVLM, "Apache-2.0"),),
     "ldpv2": (Work("MobileVLM V2", "2402.03766", MOBILEVLM, "Apache-2.0"),),
     "matryoshka": (Work("M3", "2405.17430", "mu-cai/matryoshka-mm", "Apache-2.0"),),

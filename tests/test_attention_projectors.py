@@ -272,3 +272,49 @@ def test_quecc_says_what_it_cannot_cut_into_blocks() -> None:
     for fit in ("pad", "resize"):
         assert quecc(ratio=4, fit=fit).out_grid((27, 27)) == (14, 14)
     assert quecc(out_grid=(2, 3), block=(3, 2)).out_grid((6, 6)) == (2, 3)
+
+
+def released_quecc(side: int, text_dim: int) -> dict[str, Tensor]:
+    """Random weights under the names of QueCC's release."""
+    shapes: dict[str, tuple[int, ...]] = {"q_downsample.weight": (C, 1, side, side), "q_downsample.bias": (C,)}
+    for letter, width in (("q", C), ("k", 4 * C), ("v", 4 * C)):
+        shapes |= {f"{letter}_proj.0.weight": (C, width), f"{letter}_proj.2.weight": (C, C)}
+        shapes |= {f"{letter}_proj.{i}.bias": (C,) for i in (0, 2)}
+        shapes |= {f"{letter}_proj.3.{part}": (C,) for part in ("weight", "bias")}
+    shapes |= {"text_projection.0.weight": (C, text_dim), "text_projection.0.bias": (C,)}
+    shapes |= {f"text_projection.1.{part}": (C,) for part in ("weight", "bias")}
+    shapes |= {"clip_attn.in_proj_weight": (3 * C, C), "clip_attn.in_proj_bias": (3 * C,)}
+    shapes |= {"clip_attn.out_proj.weight": (C, C), "clip_attn.out_proj.bias": (C,)}
+    shapes |= {"mm_projector.0.weight": (D, C), "mm_projector.2.weight": (D, D)}
+    shapes |= {f"mm_projector.{i}.bias": (D,) for i in (0, 2)}
+    return {name: draw(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+
+
+@pytest.mark.parametrize(("grid", "side"), [((4, 6), 2), ((6, 3), 3)])
+def test_quecc_is_its_release(grid: Grid, side: int) -> None:
+    state = released_quecc(side, text_dim=10)
+    module = QueCC(C, D, ratio=side * side, text_dim=10)
+    module.load_state_dict(module.import_state_dict(state), strict=True)
+    given, text = draw(2, math.prod(grid), 4 * C, seed=98), draw(2, 10, seed=99)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, (C,), state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
+
+    asked = F.linear(text, state["text_projection.0.weight"], state["text_projection.0.bias"])
+    mixed = given[..., -C:] + norm(asked, "text_projection.1")[:, None]
+    raster = norm(perceptron(state, "q_proj", mixed), "q_proj.3").transpose(1, 2).unflatten(2, grid)
+    query = F.conv2d(raster, state["q_downsample.weight"], state["q_downsample.bias"], stride=side, groups=C)
+    attention = nn.MultiheadAttention(C, 8, batch_first=True)
+    attention.load_state_dict({k.removeprefix("clip_attn."): v for k, v in state.items() if k.startswith("clip")})
+    key, value = (cells_of(norm(perceptron(state, f"{x}_proj", given), f"{x}_proj.3"), grid, side) for x in "kv")
+    read = attention(query.flatten(2).transpose(1, 2).reshape(-1, 1, C), key, value)[0].reshape(2, -1, C)
+    expected = perceptron(state, "mm_projector", read)
+    torch.testing.assert_close(module(given, grid, text=text), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("module_class", [TokenPacker, QueCC])
+def test_a_checkpoint_without_attention_is_an_error_that_names_it(module_class: Any) -> None:
+    with pytest.raises(ValueError, match=r"no weight 'clip_attn.in_proj_weight'.*the first are none"):
+        module_class.import_state_dict({})
+    with pytest.raises(ValueError, match=r"unknown weight 'mm_projector.q_proj_1.weight'"):
+        module_class.import_state_dict({"mm_projector.q_proj_1.weight": torch.zeros(1)})

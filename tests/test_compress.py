@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import transformers as hf
 from tests.fingerprint import Fingerprint
 from tests.hosts import ENCODER_CONFIGS, IMAGE_TOKEN, VOCABULARY, batch, build_llava
 from tests.processors import llava_processor
-from vision_remember import attach_vision_remember, compress_projector
+from vision_remember import attach_vision_remember, compress_projector, load_vision_remember
 
 # The grids of CLIP-L/14-336 and SigLIP-so400m/14-384.
 REAL_SIZES = {"clip": (336, 14, 576, 144), "siglip": (384, 14, 729, 196)}
@@ -159,3 +160,86 @@ def test_swapping_has_an_order() -> None:
     attach_vision_remember(model, [1])
     with pytest.raises(RuntimeError, match="compress the projector first"):
         compress_projector(model, None, "adaptive_avg_pool", ratio=4)
+
+
+def test_a_budget_moves_projector_and_processor_together() -> None:
+    model, processor = real_sized("clip")
+    handle = compress_projector(model, processor, "matryoshka", ratio=4)
+    attachment = attach_vision_remember(model, [1])
+
+    def tokens() -> int:
+        inputs = ask(processor, 2)
+        with torch.no_grad():
+            output = model(**inputs).logits
+            with attachment.disabled():
+                assert torch.equal(model(**inputs).logits, output), "blocks are identities, on any grid"
+        return int((inputs["input_ids"] == IMAGE_TOKEN).sum()) // 2
+
+    assert tokens() == 144
+    for budget, grid in ((36, (6, 6)), (576, (24, 24)), (1, (1, 1))):
+        handle.set_budget(budget)
+        assert (tokens(), handle.token_grid) == (budget, grid)
+        assert f"= {budget} tokens" in str(handle)
+    handle.set_budget(None)
+    assert (tokens(), handle.token_grid) == (144, (12, 12))
+    handle.set_budget(9)
+    attachment.detach()
+    handle.restore()
+    assert int((ask(processor, 1)["input_ids"] == IMAGE_TOKEN).sum()) == 576
+    with pytest.raises(RuntimeError, match="restored already"):
+        handle.set_budget(36)
+
+
+def test_a_loaded_adapter_still_sets_its_budget(tmp_path: Path) -> None:
+    model, processor = real_sized("clip")
+    compress_projector(model, processor, "matryoshka", ratio=4)
+    attach_vision_remember(model, [1]).save_pretrained(tmp_path)
+    fresh, other = real_sized("clip")
+    handle = load_vision_remember(fresh, tmp_path, other)
+    assert handle.compression is not None
+    handle.compression.set_budget(36)
+    assert int((ask(other, 1)["input_ids"] == IMAGE_TOKEN).sum()) == 36
+
+
+def test_a_block_reads_at_every_budget() -> None:
+    """With blocks that do something: the memory has the grid of the call, not of attach."""
+    model, processor = real_sized("clip")
+    handle = compress_projector(model, processor, "matryoshka", ratio=4)
+    attachment = attach_vision_remember(model, [1], zero_init=False)
+    for budget in (144, 36):
+        handle.set_budget(budget)
+        inputs = ask(processor, 1)
+        with torch.no_grad():
+            output = model(**inputs).logits
+            with attachment.disabled():
+                assert not torch.allclose(model(**inputs).logits, output)
+
+
+@pytest.mark.parametrize("with_processor", [True, False], ids=["processor", "no processor"])
+def test_a_budget_that_cannot_be_changes_nothing(with_processor: bool) -> None:
+    model, processor = real_sized("clip")
+    handle = compress_projector(model, processor if with_processor else None, "matryoshka", ratio=4)
+    handle.set_budget(36)
+    counts = dict(processor.__dict__)
+    for wrong, message in ((100, "24x24 nest into 1, 4, 9"), (0, "tokens=0"), (2.5, "tokens=2.5")):
+        with pytest.raises(ValueError, match=message):
+            handle.set_budget(wrong)  # type: ignore[arg-type]
+        assert dict(processor.__dict__) == counts
+        assert (handle.projector.budget, handle.token_grid) == (36, (6, 6))
+
+
+def test_a_processor_that_stops_counting_keeps_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = real_sized("clip")
+    handle = compress_projector(model, processor, "matryoshka", ratio=4)
+    monkeypatch.setattr(type(processor), "replace_image_token", lambda self, *_, **__: self.image_token * 144)
+    counts = dict(processor.__dict__)
+    with pytest.raises(ValueError, match="the processor emits 144 image tokens, the projector 36"):
+        handle.set_budget(36)
+    assert dict(processor.__dict__) == counts
+    assert (handle.projector.budget, handle.token_grid) == (None, (12, 12))
+
+
+def test_only_nested_token_counts_have_budgets() -> None:
+    handle = compress_projector(build_llava(), None, "adaptive_avg_pool", ratio=4)
+    with pytest.raises(ValueError, match="AdaptiveAvgPool has one token count; only 'matryoshka'"):
+        handle.set_budget(4)

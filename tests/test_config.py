@@ -23,10 +23,12 @@ OTHER_VALUES: dict[str, Any] = {
     "window": 2,
     "position": "learned",
     "cells": (3, 2),
+    "fusion": "tokens",
     "feature_norm": "joint",
     "query_layers": 2,
     "output_layers": 2,
     "zero_init": False,
+    "token_mixer": "self",
     "saliency": None,
     "saliency_level": -2,
     "saliency_variant": "relative",
@@ -91,11 +93,12 @@ def test_an_override_wins_over_the_preset() -> None:
 
 @pytest.mark.parametrize("name", INTERACTIONS)
 def test_every_field_that_an_interaction_has_reaches_it(name: str) -> None:
-    """num_levels is the tap's to say, the back-end the machine's; all else must not be forgotten on the way."""
+    """The levels are the tap's to say, the back-end the machine's; all else must not be forgotten on the way."""
     known = interaction_options(name)
     config = VisionRememberConfig(**{k: v for k, v in OTHER_VALUES.items() if k in known}, interaction=name)
     options = config.interaction_options(known)
-    assert options == {option: OTHER_VALUES[option] for option in known if option not in ("num_levels", "backend")}
+    elsewhere = ("num_levels", "level_dims", "backend")
+    assert options == {option: OTHER_VALUES[option] for option in known if option not in elsewhere}
     assert None not in VisionRememberConfig(interaction=name).interaction_options(known).values()
 
 
@@ -167,6 +170,7 @@ def test_values_that_cannot_be_meant_are_errors_that_name_the_field(field: str, 
         ("attn_dim", "feature"),
         ("position", "rotary"),
         ("feature_norm", "layer"),
+        ("token_mixer", "text"),
         ("query_layers", 3),
         ("saliency_level", "last"),
         ("saliency_temperature", "warm"),

@@ -161,3 +161,79 @@ def test_deformable_pools_references_are_the_middles_of_the_tokens_cells() -> No
     memory, read = reads[0]
     pooled = F.avg_pool2d(memory.transpose(1, 2).unflatten(2, (6, 8)), 2).flatten(2).transpose(1, 2)
     torch.testing.assert_close(read, attention.out(attention.value(pooled)), rtol=1e-4, atol=1e-4)
+
+
+def released_d_abstractor(cells: int, width: int, end: int) -> dict[str, torch.Tensor]:
+    """Random weights under the names of Honeybee's release: six by six cells or so, 2x2 queries, one layer."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "query_position_embeddings.weight": (4, width),
+        "v_pos_emb": (1, cells, width),
+        "reference_points": (1, 4, 2),
+        "output_proj.weight": (D, width),
+        "output_proj.bias": (D,),
+    }
+    if width != C:
+        shapes |= {"input_proj.0.weight": (width, C), "input_proj.0.bias": (width,)}
+    if end:
+        shapes["eos_tokens"] = (1, end, width)
+    sizes = {f"self_attn.{x}_proj": (width, width) for x in ("q", "k", "v", "out")}
+    sizes |= {"encoder_attn.sampling_offsets": (12, width), "encoder_attn.attention_weights": (6, width)}
+    sizes |= {f"encoder_attn.{x}_proj": (width, width) for x in ("value", "output")}
+    sizes |= {"fc1": (8, width), "fc2": (width, 8)}
+    shapes |= {f"layers.0.{name}.weight": size for name, size in sizes.items()}
+    shapes |= {f"layers.0.{name}.bias": size[:1] for name, size in sizes.items()}
+    norms = ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")
+    shapes |= {f"layers.0.{name}.{part}": (width,) for name in norms for part in ("weight", "bias")}
+    return {name: draw(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+
+
+@pytest.mark.parametrize(("width", "cells", "end"), [(C, 36, 0), (2 * C, 37, 3)], ids=["plain", "all options"])
+def test_weights_of_honeybees_d_abstractor_fit(width: int, cells: int, end: int, detr: Any) -> None:
+    """The layers are Deformable DETR's, in the names of its day; what is around them is read here."""
+    state = released_d_abstractor(cells, width, end)
+    module = DAbstractor(
+        C, D, out_grid=(2, 2), position_grid=(6, 6), hidden_dim=width, ffn_dim=8, num_layers=1, num_heads=2,
+        num_points=3, end_tokens=end,
+    )  # fmt: skip
+    module.load_state_dict(module.import_state_dict(state), strict=True)
+    torch.testing.assert_close(module.references((6, 6), (2, 2)), state["reference_points"][0])
+
+    config = detr_config()
+    config.d_model = width
+    layer = detr.DeformableDetrDecoderLayer(config)
+    today = {"self_attn.out_proj": "self_attn.o_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+    layer.load_state_dict({
+        f"{today.get(name.rpartition('.')[0], name.rpartition('.')[0])}.{name.rpartition('.')[2]}": weight
+        for name, weight in ((k.removeprefix("layers.0."), w) for k, w in state.items() if k.startswith("layers.0."))
+    })  # fmt: skip
+    given = draw(2, 36, C, seed=99)
+    memory = given if width == C else F.linear(given, state["input_proj.0.weight"], state["input_proj.0.bias"])
+    memory = memory + state["v_pos_emb"][:, -36:]
+    raster = memory.transpose(1, 2).unflatten(2, (6, 6))
+    read = layer.eval()(
+        state["query_position_embeddings.weight"].expand(2, -1, -1),
+        object_queries_position_embeddings=F.adaptive_avg_pool2d(raster, 2).flatten(2).transpose(1, 2),
+        reference_points=state["reference_points"].expand(2, -1, -1).unsqueeze(2),
+        spatial_shapes=torch.tensor([(6, 6)]),
+        spatial_shapes_list=[(6, 6)],
+        level_start_index=torch.tensor([0]),
+        encoder_hidden_states=memory,
+    )
+    if end:
+        read = torch.cat((read, state["eos_tokens"].expand(2, -1, -1)), dim=1)
+    expected = F.linear(read, state["output_proj.weight"], state["output_proj.bias"])
+    torch.testing.assert_close(module(given), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("missing", ["query_position_embeddings.weight", "v_pos_emb", "reference_points"])
+def test_a_checkpoint_that_lacks_a_table_is_an_error_that_names_it(missing: str) -> None:
+    state = released_d_abstractor(36, C, 0)
+    del state[missing]
+    with pytest.raises(ValueError, match=f"no weight '{missing}'"):
+        DAbstractor.import_state_dict(state)
+
+
+@pytest.mark.parametrize("foreign", ["level_emb", "layers.0.fc3.weight", "abstractor.output_proj.weight"])
+def test_a_weight_that_the_d_abstractor_lacks_is_an_error(foreign: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown weight '{foreign}'"):
+        DAbstractor.import_state_dict({**released_d_abstractor(36, C, 0), foreign: torch.zeros(1)})

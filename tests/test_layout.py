@@ -122,7 +122,7 @@ def memory(*, packed: bool = False, saliency: bool = True) -> VisionMemory:
     """Four tiles: of the images above, or one image each."""
     generator = torch.Generator().manual_seed(2)
     return VisionMemory(
-        features=torch.randn(4, 4, D, generator=generator),
+        levels=(torch.randn(4, 4, D, generator=generator),),
         saliency=torch.rand(4, 4, generator=generator) if saliency else None,
         feature_grid=GRID,
         token_grid=GRID,
@@ -131,15 +131,17 @@ def memory(*, packed: bool = False, saliency: bool = True) -> VisionMemory:
     )
 
 
-def add_features(tokens: Tensor, features: Tensor, *, saliency: Tensor | None, **_: Any) -> Tensor:
+def add_features(tokens: Any, features: Any, *, saliency: Any, **_: Any) -> Any:
     """A block by whose update a token tells its tile and its place in it."""
+    if isinstance(tokens, list):
+        return [add_features(*row, saliency=own) for *row, own in zip(tokens, features, saliency, strict=True)]
     return tokens + (features if saliency is None else features * saliency[..., None])
 
 
 def recalled_by_hand(stored: VisionMemory, rows: list[int], placeholders: Tensor, states: Tensor) -> Tensor:
     """``states`` after :func:`add_features`; the i-th placeholder holds the image token ``rows[i]``."""
-    slots = range(len(stored.features) * 4) if stored.slots is None else stored.slots.tolist()
-    update = add_features(torch.zeros(()), stored.features, saliency=stored.saliency).flatten(0, 1)
+    slots = range(len(stored.levels[0]) * 4) if stored.slots is None else stored.slots.tolist()
+    update = add_features(torch.zeros(()), stored.levels[0], saliency=stored.saliency).flatten(0, 1)
     expected = states.clone()
     for row, (sequence, position) in zip(rows, placeholders.nonzero().tolist(), strict=True):
         if slots[row] >= 0:
@@ -208,8 +210,8 @@ def test_beams_may_hold_the_same_image_tokens() -> None:
 def of_several_sizes(slots: Tensor | None) -> tuple[VisionMemory, ...]:
     """Two images of 2x2 and one of 1x2 tiles, the second image of both sizes."""
     generator = torch.Generator().manual_seed(5)
-    large = Tiles((0, 2), torch.randn(2, 4, D, generator=generator), None, (2, 2), (2, 2))
-    small = Tiles((1, 3), torch.randn(2, 2, D, generator=generator), None, (1, 2), (1, 2))
+    large = Tiles((0, 2), (torch.randn(2, 4, D, generator=generator),), None, (2, 2), (2, 2))
+    small = Tiles((1, 3), (torch.randn(2, 2, D, generator=generator),), None, (1, 2), (1, 2))
     return memories([large, small], spans(tokens=(4, 6, 2) if slots is None else (5, 6, 2), tiles=(1, 2, 1)), slots)
 
 
@@ -220,7 +222,7 @@ def of_several_sizes(slots: Tensor | None) -> tuple[VisionMemory, ...]:
 )
 def test_tiles_of_several_sizes_are_recalled_together(slots: Tensor | None, images: list[int], whole: bool) -> None:
     stored = of_several_sizes(slots)
-    large, small = (memory.features for memory in stored)
+    large, small = (memory.levels[0] for memory in stored)
     # The tokens of all tiles in order: 2x2, 1x2, 2x2, 1x2.
     update = torch.cat([large[0], small[0], large[1], small[1], torch.zeros(1, D)])
     if not whole:
@@ -239,7 +241,7 @@ def test_tiles_of_several_sizes_are_recalled_together(slots: Tensor | None, imag
 def test_recalling_nothing_changes_nothing_but_the_blocks_parameters_take_part() -> None:
     block = VisionRemember(D, 6, zero_init=False, num_heads=1)
     given = states().requires_grad_()
-    recalled = VisionMemory.nothing(6, given).through(block, given)
+    recalled = VisionMemory.nothing([6], given).through(block, given)
     assert torch.equal(recalled, given)
     recalled.sum().backward()
     assert not [name for name, parameter in block.named_parameters() if parameter.grad is None]

@@ -22,6 +22,7 @@ GRIDS: list[Grid] = [(24, 24), (27, 27), (16, 36), (12, 5), (4, 4), (1, 7), (7, 
 
 # options that make a projector small, or serve any grid, where its defaults do not
 OPTIONS: dict[str, dict[str, Any]] = {
+    "honeybee_resampler": {"num_layers": 2},
     "qformer": {"hidden_dim": 24, "num_layers": 2, "num_heads": 2},
     "quecc": {"fit": "resize"},
 }

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from tests.test_attention_projectors import C, D, draw, multihead, shaken
 from vision_remember import build_projector
+from vision_remember.projectors.honeybee_resampler import HoneybeeResampler
 from vision_remember.projectors.qformer import QFormer
 from vision_remember.projectors.resampler import Resampler, sincos_positions
 from vision_remember.projectors.tables import resampled
@@ -181,3 +182,118 @@ def test_qformer_checks_its_options() -> None:
     for options in ({"num_layers": 0}, {"cross_every": 0}):
         with pytest.raises(ValueError, match="expected positive numbers"):
             qformer(**options)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "no weight 'attn.in_proj_weight'"),
+        ({"resampler.ln_q.weight": torch.zeros(1)}, "unknown weight 'resampler.ln_q.weight'"),
+    ],
+)
+def test_a_checkpoint_of_no_resampler_is_an_error_that_names_a_weight(state: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Resampler.import_state_dict(state)
+
+
+def test_a_resampler_s_checkpoint_needs_queries_and_the_last_matrix() -> None:
+    attention = {f"attn.{name}": weight for name, weight in multihead(C, 2).state_dict().items()}
+    for missing in ("query", "proj"):
+        state = {**attention, "query": draw(6, C), "proj": draw(C, C)}
+        del state[missing]
+        with pytest.raises(ValueError, match=f"no weight '{missing}': expected .*the first are 'attn.in_proj_weight'"):
+            Resampler.import_state_dict(state)
+
+
+# Honeybee's resampler
+
+LAYERS = 2
+
+
+def released_honeybee_resampler(width: int, hidden: int, end: int) -> dict[str, Tensor]:
+    """Random weights under the names of Honeybee's release, six queries."""
+    shapes: dict[str, tuple[int, ...]] = {"query_tokens": (1, 6, width)}
+    linears = {"visual_input_fc": (width, C), "visual_output_fc": (D, width)}
+    norms = {}
+    for i in range(LAYERS):
+        name = f"encoder.layers.{i}.crossattention"
+        linears |= {f"{name}.attention.{x}": (width, width) for x in ("query", "key", "value")}
+        linears |= {f"{name}.output.out_proj": (width, width), f"{name}.output.mlp.w2": (width, hidden)}
+        linears |= {f"{name}.output.mlp.{x}": (hidden, width) for x in ("w1", "w3")}
+        norms |= {f"{name}.{x}": width for x in ("norm1", "normk", "output.norm2")}
+        norms[f"{name}.output.mlp.ffn_ln"] = hidden
+    for name, shape in linears.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    shapes |= {f"{name}.{part}": (size,) for name, size in norms.items() for part in ("weight", "bias")}
+    if end:
+        shapes["vit_eos"] = (1, end, D)
+    return {name: draw(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+
+
+@pytest.mark.parametrize(("width", "end"), [(C, 0), (24, 2)])
+def test_honeybee_s_resampler_is_its_release(width: int, end: int) -> None:
+    state, heads = released_honeybee_resampler(width, 20, end), 2
+    options = {"hidden_dim": width, "ffn_dim": 20, "num_layers": LAYERS, "num_heads": heads, "end_tokens": end}
+    module = HoneybeeResampler(C, D, out_grid=(3, 2), **options)
+    module.load_state_dict(module.import_state_dict(state), strict=True)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(x: Tensor, name: str, eps: float = 1e-5) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
+
+    given = draw(2, 20, C, seed=99)
+    memory, queries = linear(given, "visual_input_fc"), state["query_tokens"].expand(2, -1, -1)
+    for i in range(LAYERS):
+        name = f"encoder.layers.{i}.crossattention"
+        queries = norm(queries, f"{name}.norm1")
+        seen = torch.cat((queries, norm(memory, f"{name}.normk")), dim=1)
+        q, k, v = (
+            linear(x, f"{name}.attention.{part}").unflatten(-1, (heads, -1)).transpose(1, 2)
+            for x, part in ((queries, "query"), (seen, "key"), (seen, "value"))
+        )
+        weights = (q @ k.mT / math.sqrt(width // heads)).softmax(-1)
+        queries = queries + linear((weights @ v).transpose(1, 2).flatten(2), f"{name}.output.out_proj")
+        inner = norm(queries, f"{name}.output.norm2")
+        gated = F.silu(linear(inner, f"{name}.output.mlp.w1")) * linear(inner, f"{name}.output.mlp.w3")
+        queries = queries + linear(norm(gated, f"{name}.output.mlp.ffn_ln", 1e-6), f"{name}.output.mlp.w2")
+    expected = linear(queries, "visual_output_fc")
+    if end:
+        expected = torch.cat((expected, state["vit_eos"].expand(2, -1, -1)), dim=1)
+    torch.testing.assert_close(module(given, (4, 5)), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("out_dim", "count"), [(896, 102_862_720), (4096, 106_142_720)])
+def test_honeybee_s_resampler_has_the_release_s_parameters(out_dim: int, count: int) -> None:
+    with torch.device("meta"):
+        module = HoneybeeResampler(1024, out_dim, out_grid=(8, 8))
+    assert module.num_heads == 16
+    assert sum(p.numel() for p in module.parameters()) == count
+
+
+def test_honeybee_s_resampler_does_not_know_where_features_are() -> None:
+    torch.manual_seed(0)
+    module, given = shaken(HoneybeeResampler(C, D, out_grid=(3, 2), num_layers=2)), draw(1, 16, C)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(module(given[:, order]), module(given), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(module(given)[:, 0], module(given)[:, 1])
+    torch.nn.init.zeros_(module.queries)
+    torch.testing.assert_close(module(given)[:, 0], module(given)[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "no weight 'query_tokens'"),
+        ({"query_tokens": torch.zeros(1, 2, 3), "pos_emb": torch.zeros(1)}, "unknown weight 'pos_emb'"),
+    ],
+)
+def test_a_checkpoint_of_another_module_is_an_error(state: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HoneybeeResampler.import_state_dict(state)
+
+
+def test_honeybee_s_resampler_needs_a_layer() -> None:
+    with pytest.raises(ValueError, match="num_layers=0"):
+        HoneybeeResampler(C, D, num_layers=0)

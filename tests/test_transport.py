@@ -14,7 +14,7 @@ from vision_remember.adapters.transport import FeatureInterception, MemoryRows
 from vision_remember.memory import Span, VisionMemory
 
 SPANS = tuple(Span(range(4 * i, 4 * i + 4), range(i, i + 1)) for i in range(2))
-MEMORY = (VisionMemory(torch.zeros(2, 4, 3), None, (2, 2), (2, 2), SPANS),)
+MEMORY = (VisionMemory((torch.zeros(2, 4, 3),), None, (2, 2), (2, 2), SPANS),)
 
 
 def rows(image: int) -> MemoryRows:

@@ -103,7 +103,7 @@ def _sample(base: Any, parts: HostParts) -> tuple[dict[str, Any], list[int]]:
         try:
             with torch.no_grad():
                 output = base.get_image_features(**sample, return_dict=True)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             failures.append(f"{type(error).__name__}: {error}")
         else:
             return sample, [image[..., 0].numel() for image in image_tokens(output)]

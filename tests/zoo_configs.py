@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import transformers as hf
-
 IMAGE_TOKEN = 190
 WIDTH = 64
 

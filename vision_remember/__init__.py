@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from vision_remember.config import PRESETS, VisionRememberConfig
-from vision_remember.interactions import INTERACTIONS, SELA, build_interaction
+from vision_remember.interactions import FUSIONS, INTERACTIONS, SELA, build_interaction
 from vision_remember.ops import local_attention
 from vision_remember.projectors import PROJECTORS, build_projector
 from vision_remember.remember import VisionRemember
@@ -36,6 +36,7 @@ _FROM_ADAPTERS = (
 )
 
 __all__ = [
+    "FUSIONS",
     "INTERACTIONS",
     "PRESETS",
     "PROJECTORS",

@@ -17,6 +17,7 @@ _PAIRS = ("token_grid", "cells")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "position": ("specialised", "learned", "none"),
     "feature_norm": ("per_level", "joint", "none"),
+    "token_mixer": ("self", "text_guided", None),
     "query_layers": (1, 2),
     "output_layers": (1, 2),
     "saliency": ("auto", "cls", "received", "map_head", None),
@@ -24,7 +25,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 _INTERACTION_FIELDS = (
     *("attn_dim", "num_heads", "num_points", "window", "position", "cells"),
-    *("feature_norm", "query_layers", "output_layers", "zero_init"),
+    *("fusion", "feature_norm", "query_layers", "output_layers", "zero_init"),
 )
 
 
@@ -44,10 +45,13 @@ class VisionRememberConfig:
         window: side of the block of tokens that share a region.
         position: "specialised", "learned" or "none"; see :class:`vision_remember.SELA`.
         cells: cells per token that the position bias is laid out for.
+        fusion: an entry of ``FUSIONS``: how the levels of a cell are joined.
         feature_norm: "per_level", "joint" or "none".
         query_layers: linear layers of the query projection, 1 or 2.
         output_layers: linear layers of the output projection, 1 or 2.
         zero_init: start as an exact identity.
+        token_mixer: None; "self", vision tokens look at each other after the read; "text_guided", at a token made of
+            the text as well; see :class:`vision_remember.interactions.TokenMixer`.
         saliency: where the map comes from: "cls" (the CLS token's attention), "received" (the mean attention logit
             that a patch receives), "map_head" (the probe of a SigLIP pooling head), "auto" (the first of "cls" and
             "received" that the encoder has), or None.
@@ -67,10 +71,12 @@ class VisionRememberConfig:
     window: int = 1
     position: Literal["specialised", "learned", "none"] = "specialised"
     cells: Grid | None = None
+    fusion: str = "concat"
     feature_norm: Literal["per_level", "joint", "none"] = "per_level"
     query_layers: Literal[1, 2] = 1
     output_layers: Literal[1, 2] = 1
     zero_init: bool = True
+    token_mixer: Literal["self", "text_guided"] | None = None
     saliency: SaliencySource | None = "auto"
     saliency_level: int | None = None
     saliency_variant: str = "logit"

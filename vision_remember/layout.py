@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vision_remember.grid import Grid
@@ -41,6 +42,29 @@ class VisionLayout:
             filled = tokens.new_zeros(self.tiles * h * w + 1, hidden.shape[-1]).index_copy(0, self.slots, tokens)
             tokens = filled[:-1]
         return tokens.reshape(self.tiles, h * w, hidden.shape[-1])
+
+    def present(self) -> Tensor | None:
+        """(T, h*w), whether this call holds each token; None if it holds all."""
+        if self.slots is None:
+            return None
+        h, w = self.token_grid
+        held = torch.zeros(self.tiles * h * w + 1, dtype=torch.bool, device=self.slots.device)
+        return held.index_fill(0, self.slots, True)[:-1].view(self.tiles, h * w)
+
+    def text_before(self, hidden: Tensor, text: Tensor) -> Tensor:
+        """(B, S, D) and (B, S) bool -> (T, D), the mean state of the text in front of each tile.
+
+        Text behind an image must not count: a causal model does not know it yet. Zero where there is none in front.
+        """
+        length, count = hidden.shape[1], self.tiles * self.token_grid[0] * self.token_grid[1]
+        slots = torch.arange(count, device=hidden.device) if self.slots is None else self.slots
+        # The first position of each tile; those of no tile and of no token come last and are cut off.
+        tile = slots // (self.token_grid[0] * self.token_grid[1])
+        first = torch.full((self.tiles + 1,), hidden.shape[0] * length - 1, device=hidden.device)
+        first = first.scatter_reduce(0, tile.clamp(max=self.tiles), self.positions, "amin")[:-1]
+        sums = (hidden * text[..., None]).cumsum(1).flatten(0, 1)
+        counts = text.cumsum(1).flatten()
+        return sums[first] / counts[first].clamp(min=1)[:, None].to(hidden.dtype)
 
     def scatter(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """(B, S, D) and (T, h*w, D) -> (B, S, D), the vision positions replaced, all others as they were."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,14 +39,14 @@ class Tiles:
 
     Attributes:
         numbers: the tiles' places among all tiles of the call.
-        features: (T, H*W, C), raster order, the levels joined on channels.
+        levels: one (T, H*W, c) for each encoder level, raster order.
         saliency: (T, H*W), or None.
         feature_grid: (H, W).
         token_grid: (h, w).
     """
 
     numbers: tuple[int, ...]
-    features: Tensor
+    levels: tuple[Tensor, ...]
     saliency: Tensor | None
     feature_grid: Grid
     token_grid: Grid
@@ -59,7 +60,7 @@ class VisionMemory:
     of one stands for no part of the image in the others.
 
     Attributes:
-        features: (T, H*W, C), raster order, the levels joined on channels.
+        levels: one (T, H*W, c) for each encoder level, raster order.
         saliency: (T, H*W), or None.
         feature_grid: (H, W).
         token_grid: (h, w), the grid of the vision tokens that stand for a tile.
@@ -68,7 +69,7 @@ class VisionMemory:
             it stands for no part of the image. None where the image tokens are all tiles' tokens in order.
     """
 
-    features: Tensor
+    levels: tuple[Tensor, ...]
     saliency: Tensor | None
     feature_grid: Grid
     token_grid: Grid
@@ -108,7 +109,7 @@ class VisionMemory:
         """
         sequences, length = placeholders.shape
         positions = _positions(placeholders, len(rows))
-        count = len(self.features)
+        count = len(self.levels[0])
         slots = rows if self.slots is None else self.slots.to(rows.device)[rows]
         own = positions // length * (count * self.tile_tokens) + slots
         spare = sequences * count * self.tile_tokens
@@ -116,11 +117,11 @@ class VisionMemory:
         return Recall(((self._take(list(range(count)) * sequences), layout),))
 
     @classmethod
-    def nothing(cls, feature_dim: int, like: Tensor) -> Recall:
+    def nothing(cls, level_dims: Sequence[int], like: Tensor) -> Recall:
         """A recall without any image, through which a block's parameters still take part in a training step."""
-        features = torch.zeros(0, 1, feature_dim, dtype=like.dtype, device=like.device)
+        levels = tuple(torch.zeros(0, 1, width, dtype=like.dtype, device=like.device) for width in level_dims)
         positions = torch.zeros(0, dtype=torch.long, device=like.device)
-        return Recall(((cls(features, None, (1, 1), (1, 1), ()), VisionLayout(positions, None, 0, (1, 1))),))
+        return Recall(((cls(levels, None, (1, 1), (1, 1), ()), VisionLayout(positions, None, 0, (1, 1))),))
 
     def _place(self, spans: list[Span]) -> tuple[Tensor, Tensor]:
         """Of all rows of ``spans`` in order, those that stand for cells, and their slots in the spans' tiles."""
@@ -140,10 +141,10 @@ class VisionMemory:
 
     def _take(self, tiles: list[int]) -> VisionMemory:
         """The memory of these tiles, in this order."""
-        if tiles == list(range(len(self.features))):
+        if tiles == list(range(len(self.levels[0]))):
             return self
         saliency = None if self.saliency is None else self.saliency[tiles]
-        return replace(self, features=self.features[tiles], saliency=saliency)
+        return replace(self, levels=tuple(level[tiles] for level in self.levels), saliency=saliency)
 
 
 def memories(sizes: Sequence[Tiles], images: tuple[Span, ...], slots: Tensor | None = None) -> tuple[VisionMemory, ...]:
@@ -157,7 +158,7 @@ def memories(sizes: Sequence[Tiles], images: tuple[Span, ...], slots: Tensor | N
     """
     if len(sizes) == 1:
         (only,) = sizes
-        return (VisionMemory(only.features, only.saliency, only.feature_grid, only.token_grid, images, slots),)
+        return (VisionMemory(only.levels, only.saliency, only.feature_grid, only.token_grid, images, slots),)
     lengths = {number: tiles.token_grid[0] * tiles.token_grid[1] for tiles in sizes for number in tiles.numbers}
     starts = [0, *accumulate(lengths[number] for number in range(len(lengths)))]
     if slots is None:
@@ -174,7 +175,7 @@ def _of_one_size(tiles: Tiles, images: tuple[Span, ...], slots: Tensor, starts: 
     counts = [sum(number in image.tiles for number in tiles.numbers) for image in images]
     cuts = [0, *accumulate(counts)]
     spans = tuple(Span(image.rows, range(cuts[i], cuts[i + 1])) for i, image in enumerate(images))
-    return VisionMemory(tiles.features, tiles.saliency, tiles.feature_grid, tiles.token_grid, spans, own)
+    return VisionMemory(tiles.levels, tiles.saliency, tiles.feature_grid, tiles.token_grid, spans, own)
 
 
 @dataclass(frozen=True)
@@ -183,33 +184,59 @@ class Recall:
 
     Attributes:
         parts: a memory and a layout for each size of tiles; no position belongs to two of them.
+        text: (B, S), true where text stands, for blocks that are guided by text; else None.
     """
 
     parts: tuple[tuple[VisionMemory, VisionLayout], ...]
+    text: Tensor | None = None
 
     @classmethod
-    def joined(cls, recalls: Iterable[Recall]) -> Recall:
-        """The recall of all of them."""
-        return cls(tuple(part for recall in recalls for part in recall.parts))
+    def joined(cls, recalls: Iterable[Recall], text: Tensor | None = None) -> Recall:
+        """The recall of all of them, and where text stands."""
+        return cls(tuple(part for recall in recalls for part in recall.parts), text)
 
-    def through(self, block: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+    def through(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D), the vision tokens replaced by what ``block`` makes of them.
 
         Args:
             block: called as :meth:`vision_remember.VisionRemember.forward` is.
             hidden: the residual stream. Its device decides where the work is done.
+
+        Raises:
+            ValueError: the residual stream has another shape, as that of a decoder with several parallel streams.
         """
-        remembered = hidden
-        for memory, layout in self.parts:
-            tokens = block(
-                layout.gather(hidden),
-                memory.features.to(hidden.device),
-                token_grid=memory.token_grid,
-                feature_grid=memory.feature_grid,
-                saliency=None if memory.saliency is None else memory.saliency.to(hidden.device),
-            )
-            remembered = layout.scatter(remembered, tokens)
-        return remembered
+        if hidden.ndim != 3:
+            raise ValueError(f"the decoder's hidden states have shape {tuple(hidden.shape)}, expected (B, S, D)")
+        columns = [self._arguments(block, memory, layout, hidden) for memory, layout in self.parts]
+        if len(columns) == 1:
+            tokens, features, options = columns[0]
+            made: list[Tensor] = [block(tokens, features, **options)]
+        else:
+            # One call for all sizes: sharded weights are gathered once, however many sizes a process has.
+            options = {name: [column[2][name] for column in columns] for name in columns[0][2]}
+            made = block([column[0] for column in columns], [column[1] for column in columns], **options)
+        for (_, layout), rewritten in zip(self.parts, made, strict=True):
+            hidden = layout.scatter(hidden, rewritten)
+        return hidden
+
+    def _arguments(
+        self, block: Callable[..., Any], memory: VisionMemory, layout: VisionLayout, hidden: Tensor
+    ) -> tuple[Tensor, Any, dict[str, Any]]:
+        """Tokens, features and options of a block's call for tiles of one size."""
+        device = hidden.device
+        options: dict[str, Any] = {
+            "token_grid": memory.token_grid,
+            "feature_grid": memory.feature_grid,
+            "saliency": None if memory.saliency is None else memory.saliency.to(device),
+        }
+        mixer: Any = getattr(block, "token_mixer", None)
+        if mixer is not None:
+            options["present"] = layout.present()
+            if mixer.kind == "text_guided":
+                nowhere = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=device)
+                options["text"] = layout.text_before(hidden, nowhere if self.text is None else self.text.to(device))
+        levels = [level.to(device) for level in memory.levels]
+        return layout.gather(hidden), levels[0] if len(levels) == 1 else levels, options
 
 
 def _positions(placeholders: Tensor, count: int) -> Tensor:

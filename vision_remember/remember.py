@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 from torch import Tensor, nn
 
 from vision_remember.config import VisionRememberConfig
 from vision_remember.grid import Grid
-from vision_remember.interactions import build_interaction, interaction_options
+from vision_remember.interactions import TokenMixer, build_interaction, interaction_options
+from vision_remember.interactions.levels import Features, are_features
+from vision_remember.interactions.token_mixer import TokenMixerKind
 
 _NORM_EPS = 1e-6
 
 
 class VisionRemember(nn.Module):
-    """Norm, interaction, residual, for the vision tokens in front of one decoder layer.
+    """Norm, interaction, residual, for the vision tokens in front of one decoder layer; on request a mixer after it.
 
     The block computes in the dtype of its own weights, so that float32 blocks can train inside a bfloat16 decoder.
 
@@ -23,6 +25,7 @@ class VisionRemember(nn.Module):
         query_dim: D, width of the decoder.
         feature_dim: C, width of the features, all levels joined.
         interaction: an entry of ``INTERACTIONS``.
+        token_mixer: None; "self" or "text_guided" for a :class:`TokenMixer` after the read.
         **options: options of the interaction.
 
     Raises:
@@ -33,28 +36,62 @@ class VisionRemember(nn.Module):
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Tensor]
 
-    def __init__(self, query_dim: int, feature_dim: int, *, interaction: str = "sela", **options: Any) -> None:
+    def __init__(
+        self,
+        query_dim: int,
+        feature_dim: int,
+        *,
+        interaction: str = "sela",
+        token_mixer: TokenMixerKind | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(query_dim, eps=_NORM_EPS)
         self.interaction = build_interaction(interaction, query_dim, feature_dim, **options)
+        self.token_mixer: TokenMixer | None = None
+        if token_mixer is not None:
+            self.token_mixer = TokenMixer(query_dim, token_mixer, zero_init=options.get("zero_init", True))
 
     @classmethod
     def from_config(
-        cls, config: VisionRememberConfig, query_dim: int, feature_dim: int, *, num_levels: int = 1
+        cls,
+        config: VisionRememberConfig,
+        query_dim: int,
+        feature_dim: int,
+        *,
+        num_levels: int = 1,
+        level_dims: Sequence[int] | None = None,
     ) -> VisionRemember:
         """The block that a configuration describes.
+
+        Args:
+            config: the choices.
+            query_dim: D.
+            feature_dim: C, all levels.
+            num_levels: encoder levels in the features, all of one width.
+            level_dims: the width of each level, where they differ.
 
         Raises:
             ValueError: the configuration sets something that its interaction does not have.
         """
         options = config.interaction_options(interaction_options(config.interaction))
-        return cls(query_dim, feature_dim, interaction=config.interaction, num_levels=num_levels, **options)
+        if level_dims is not None:
+            options["level_dims"] = level_dims
+        return cls(
+            query_dim,
+            feature_dim,
+            interaction=config.interaction,
+            token_mixer=config.token_mixer,
+            num_levels=num_levels,
+            **options,
+        )
 
-    def prepare(self, features: Tensor, *, feature_grid: Grid, saliency: Tensor | None = None) -> Any:
+    def prepare(self, features: Features, *, feature_grid: Grid, saliency: Tensor | None = None) -> Any:
         """The part of the work that needs the image alone; give the result to :meth:`forward` as ``features``."""
-        features, saliency = self._cast(features), None if saliency is None else self._cast(saliency)
-        return self.interaction.prepare(features, feature_grid=feature_grid, saliency=saliency)
+        saliency = None if saliency is None else self._cast(saliency)
+        return self.interaction.prepare(self._cast_features(features), feature_grid=feature_grid, saliency=saliency)
 
+    @overload
     def forward(
         self,
         tokens: Tensor,
@@ -63,39 +100,112 @@ class VisionRemember(nn.Module):
         token_grid: Grid,
         feature_grid: Grid,
         saliency: Tensor | None = None,
-    ) -> Tensor:
+        text: Tensor | None = None,
+        present: Tensor | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        tokens: Sequence[Tensor],
+        features: Sequence[Any],
+        *,
+        token_grid: Sequence[Grid],
+        feature_grid: Sequence[Grid],
+        saliency: Sequence[Tensor | None] | None = None,
+        text: Sequence[Tensor | None] | None = None,
+        present: Sequence[Tensor | None] | None = None,
+    ) -> list[Tensor]: ...
+
+    def forward(
+        self,
+        tokens: Any,
+        features: Any,
+        *,
+        token_grid: Any,
+        feature_grid: Any,
+        saliency: Any = None,
+        text: Any = None,
+        present: Any = None,
+    ) -> Any:
         """Tokens that have re-read the features under them.
+
+        Images of several sizes go through in one call when every argument is a list with an entry for each size (None
+        stays None): sharded weights are then gathered once.
 
         Args:
             tokens: (B, h*w, D), the vision tokens of the residual stream, raster order.
-            features: (B, H*W, C), raster order, the levels joined on channels; or what :meth:`prepare` returned.
+            features: (B, H*W, C), raster order, the levels joined on channels; or a list of (B, H*W, c), one per level,
+                of whatever widths, which are then never copied into one tensor; or what :meth:`prepare` returned.
             token_grid: (h, w).
             feature_grid: (H, W).
             saliency: (B, H*W), or None.
+            text: (B, D), what stands for the text; with ``token_mixer="text_guided"`` only. In the stream's own width:
+                a mean of hidden states, say. No position may count that a causal model must not know yet.
+            present: (B, h*w), bool: the tokens that exist, where the grid has places without one; for the mixer.
 
         Returns:
-            (B, h*w, D), in the dtype of ``tokens``, residual included.
+            (B, h*w, D), in the dtype of ``tokens``, residual included; a list of them for lists.
 
         Raises:
-            ValueError: shapes and grids that do not fit together.
+            ValueError: shapes and grids that do not fit together, or lists of different lengths.
         """
-        arguments = (tokens, features, token_grid, feature_grid, saliency)
+        if isinstance(tokens, Tensor):
+            return self._one_size(tokens, features, token_grid, feature_grid, saliency, text, present)
+        lists = {"features": features, "token_grid": token_grid, "feature_grid": feature_grid}
+        lists |= {"saliency": saliency, "text": text, "present": present}
+        for name, entries in lists.items():
+            if entries is not None and (isinstance(entries, Tensor) or len(entries) != len(tokens)):
+                found = f"a tensor {tuple(entries.shape)}" if isinstance(entries, Tensor) else f"{len(entries)} entries"
+                raise ValueError(f"{name} is {found}, but tokens is a list of {len(tokens)}: expected as many entries")
+        columns = [[None] * len(tokens) if entries is None else entries for entries in lists.values()]
+        return [self._one_size(*row) for row in zip(tokens, *columns, strict=True)]
+
+    def _one_size(
+        self,
+        tokens: Tensor,
+        features: Any,
+        token_grid: Grid,
+        feature_grid: Grid,
+        saliency: Tensor | None,
+        text: Tensor | None,
+        present: Tensor | None,
+    ) -> Tensor:
+        parts = tuple(features) if are_features(features) and not isinstance(features, Tensor) else (features,)
+        arguments = (tokens, token_grid, feature_grid, saliency, text, present, *parts)
         if self.gradient_checkpointing and self.training:
-            # Positional: a re-entrant checkpoint passes gradients through positional tensors only.
+            # Positional, level by level: a re-entrant checkpoint passes gradients through positional tensors only.
             return self._gradient_checkpointing_func(self._remember, *arguments)
         return self._remember(*arguments)
 
     def _remember(
-        self, tokens: Tensor, features: Any, token_grid: Grid, feature_grid: Grid, saliency: Tensor | None
+        self,
+        tokens: Tensor,
+        token_grid: Grid,
+        feature_grid: Grid,
+        saliency: Tensor | None,
+        text: Tensor | None,
+        present: Tensor | None,
+        *parts: Any,
     ) -> Tensor:
+        features = parts[0] if len(parts) == 1 else parts
         update = self.interaction(
             self.norm(self._cast(tokens)),
-            self._cast(features) if isinstance(features, Tensor) else features,
+            self._cast_features(features) if are_features(features) else features,
             token_grid=token_grid,
             feature_grid=feature_grid,
             saliency=None if saliency is None else self._cast(saliency),
         )
-        return tokens + update.to(tokens.dtype)
+        tokens = tokens + update.to(tokens.dtype)
+        if self.token_mixer is None:
+            if text is not None:
+                raise ValueError("text was given, but this block has no token_mixer='text_guided'")
+            return tokens
+        text = None if text is None else self._cast(text)
+        return tokens + self.token_mixer(self._cast(tokens), text=text, present=present).to(tokens.dtype)
+
+    def _cast_features(self, features: Features) -> Features:
+        return self._cast(features) if isinstance(features, Tensor) else [self._cast(level) for level in features]
 
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(self.norm.weight.dtype)

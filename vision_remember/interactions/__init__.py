@@ -7,8 +7,10 @@ from typing import Any
 
 from vision_remember.interactions.base import Interaction
 from vision_remember.interactions.deformable import DeformableAttention
+from vision_remember.interactions.fusion import FUSIONS, Fusion
 from vision_remember.interactions.global_attention import GlobalAttention
 from vision_remember.interactions.sela import SELA
+from vision_remember.interactions.token_mixer import TokenMixer
 from vision_remember.registry import Registry, did_you_mean
 
 INTERACTIONS: Registry[type[Interaction[Any]]] = Registry(
@@ -47,11 +49,14 @@ def interaction_options(name: str) -> list[str]:
 
 
 __all__ = [
+    "FUSIONS",
     "INTERACTIONS",
     "SELA",
     "DeformableAttention",
+    "Fusion",
     "GlobalAttention",
     "Interaction",
+    "TokenMixer",
     "build_interaction",
     "interaction_options",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Generic, TypeVar
+from collections.abc import Sequence
+from typing import ClassVar, Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
 from vision_remember.grid import Grid, check_grid, check_length
+from vision_remember.interactions.levels import Features, are_features
 
 P = TypeVar("P")
 
@@ -19,6 +21,7 @@ class Interaction(nn.Module, Generic[P]):
     Args:
         query_dim: D, width of the tokens.
         feature_dim: C, width of the features, all levels joined.
+        level_dims: c of each level; None for a single one.
 
     Attributes:
         local: whether a token's place decides what it reads.
@@ -26,31 +29,44 @@ class Interaction(nn.Module, Generic[P]):
 
     local: ClassVar[bool] = True
 
-    def __init__(self, query_dim: int, feature_dim: int) -> None:
+    def __init__(self, query_dim: int, feature_dim: int, level_dims: Sequence[int] | None = None) -> None:
         super().__init__()
         self.query_dim = query_dim
         self.feature_dim = feature_dim
+        self.level_dims = tuple(level_dims or (feature_dim,))
 
-    def prepare(self, features: Tensor, *, feature_grid: Grid, saliency: Tensor | None = None) -> P:
+    def prepare(self, features: Features, *, feature_grid: Grid, saliency: Tensor | None = None) -> P:
         """What the layer needs of an image, once per image, whatever the tokens.
 
         Args:
-            features: (B, H*W, C), raster order, the levels joined on channels.
+            features: (B, H*W, C), raster order, the levels joined on channels; or one (B, H*W, c) per level.
             feature_grid: (H, W).
             saliency: (B, H*W), or None for no saliency.
 
         Raises:
             ValueError: shapes and grids that do not fit together.
         """
+        if not isinstance(features, Tensor) and len(features) == 1:
+            features = features[0]
+        first = features if isinstance(features, Tensor) else self._checked_levels(features)[0]
         check_grid("feature_grid", feature_grid)
-        check_length("features", features.shape[1], "feature_grid", feature_grid)
-        if features.shape[2] != self.feature_dim:
+        check_length("features", first.shape[1], "feature_grid", feature_grid)
+        if isinstance(features, Tensor) and features.shape[2] != self.feature_dim:
             raise ValueError(f"features {tuple(features.shape)}: expected width feature_dim={self.feature_dim}")
-        if saliency is not None and saliency.shape != features.shape[:2]:
-            raise ValueError(f"saliency {tuple(saliency.shape)}: expected (B, H*W) = {tuple(features.shape[:2])}")
+        if saliency is not None and saliency.shape != first.shape[:2]:
+            raise ValueError(f"saliency {tuple(saliency.shape)}: expected (B, H*W) = {tuple(first.shape[:2])}")
         return self.project(features, saliency)
 
-    def project(self, features: Tensor, saliency: Tensor | None) -> P:
+    def _checked_levels(self, levels: Sequence[Tensor]) -> Sequence[Tensor]:
+        widths = tuple(level.shape[2] for level in levels)
+        if widths != self.level_dims or len({level.shape[:2] for level in levels}) != 1:
+            found = ", ".join(str(tuple(level.shape)) for level in levels)
+            raise ValueError(
+                f"features [{found}]: expected one (B, H*W, c) per level, level_dims={list(self.level_dims)}"
+            )
+        return levels
+
+    def project(self, features: Features, saliency: Tensor | None) -> P:
         """:meth:`prepare` after its checks."""
         raise NotImplementedError
 
@@ -61,7 +77,7 @@ class Interaction(nn.Module, Generic[P]):
     def forward(
         self,
         tokens: Tensor,
-        features: Tensor | P,
+        features: Features | P,
         *,
         token_grid: Grid,
         feature_grid: Grid,
@@ -71,7 +87,8 @@ class Interaction(nn.Module, Generic[P]):
 
         Args:
             tokens: (B, h*w, D), raster order.
-            features: (B, H*W, C), raster order, the levels joined on channels; or what :meth:`prepare` returned.
+            features: (B, H*W, C), raster order, the levels joined on channels; or a list of (B, H*W, c), one per level,
+                which is the same without a copy of them all; or what :meth:`prepare` returned.
             token_grid: (h, w).
             feature_grid: (H, W).
             saliency: (B, H*W); belongs to :meth:`prepare` if that was called.
@@ -86,10 +103,11 @@ class Interaction(nn.Module, Generic[P]):
         check_length("tokens", tokens.shape[1], "token_grid", token_grid)
         if tokens.shape[2] != self.query_dim:
             raise ValueError(f"tokens {tuple(tokens.shape)}: expected width query_dim={self.query_dim}")
-        if isinstance(features, Tensor):
-            if features.shape[0] != tokens.shape[0]:
-                raise ValueError(f"{tokens.shape[0]} token grids, but features of {features.shape[0]} images")
+        if are_features(features):
+            images = len(features if isinstance(features, Tensor) else features[0]) if len(features) else 0
+            if images != tokens.shape[0]:
+                raise ValueError(f"{tokens.shape[0]} token grids, but features of {images} images")
             features = self.prepare(features, feature_grid=feature_grid, saliency=saliency)
         elif saliency is not None:
             raise ValueError("saliency was given beside prepared features; give it to prepare() instead")
-        return self.attend(tokens, features, token_grid=token_grid, feature_grid=feature_grid)
+        return self.attend(tokens, cast(P, features), token_grid=token_grid, feature_grid=feature_grid)

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vision_remember.grid import Grid
 from vision_remember.interactions.base import Interaction
-from vision_remember.interactions.parts import (
-    FeatureNorm,
-    LevelNorm,
-    attention_width,
-    head_count,
-    projection,
-    split_heads,
-    zero_last,
-)
+from vision_remember.interactions.fusion import FUSIONS
+from vision_remember.interactions.levels import FeatureNorm, Features, level_widths, projected
+from vision_remember.interactions.parts import attention_width, head_count, projection, split_heads, zero_last
 
 
 class PreparedCells(NamedTuple):
-    """Keys and values of an image.
+    """Keys and values of an image; M = H*W, times the levels with fusion "tokens".
 
     Attributes:
-        key: (B, heads, H*W, d).
-        value: (B, heads, H*W, d), saliency already multiplied in.
+        key: (B, heads, M, d).
+        value: (B, heads, M, d), saliency already multiplied in.
     """
 
     key: Tensor
@@ -40,7 +35,9 @@ class CrossAttention(Interaction[PreparedCells]):
         feature_dim: C, width of the features, all levels joined.
         attn_dim: width of the attention; "features" for C; None for D, at most 1024.
         num_heads: heads; None for heads of 64 channels (16 where the attention is narrower than 512).
-        num_levels: encoder levels joined in the features, for ``feature_norm``.
+        num_levels: encoder levels in the features, all of one width.
+        level_dims: the width of each level, where they differ.
+        fusion: an entry of ``FUSIONS``: how the levels of a cell are joined.
         feature_norm: layer norm over each level's channels, over all channels ("joint"), or none.
         query_layers: 1 for a linear query projection, 2 for an MLP with GELU.
         output_layers: the same for the output projection.
@@ -58,34 +55,36 @@ class CrossAttention(Interaction[PreparedCells]):
         attn_dim: int | Literal["features"] | None = None,
         num_heads: int | None = None,
         num_levels: int = 1,
+        level_dims: Sequence[int] | None = None,
+        fusion: str = "concat",
         feature_norm: FeatureNorm = "per_level",
         query_layers: Literal[1, 2] = 1,
         output_layers: Literal[1, 2] = 1,
         zero_init: bool = True,
     ) -> None:
-        super().__init__(query_dim, feature_dim)
+        super().__init__(query_dim, feature_dim, level_widths(feature_dim, num_levels, level_dims))
         self.attn_dim = attention_width(attn_dim, query_dim, feature_dim)
         self.num_heads = head_count(num_heads, self.attn_dim)
-        self.norm = LevelNorm(feature_dim, num_levels, feature_norm)
+        self.fusion = FUSIONS[fusion](self.level_dims, feature_norm)
         # Names that no usual LoRA target matches as a suffix. No bias on keys (it cancels in the softmax) nor on values
         # (the output's bias does the same): saliency before or after the projection is then one and the same.
         self.vr_query = projection(query_dim, self.attn_dim, query_layers)
-        self.vr_key = nn.Linear(feature_dim, self.attn_dim, bias=False)
-        self.vr_value = nn.Linear(feature_dim, self.attn_dim, bias=False)
+        self.vr_key = self.fusion.linear(self.attn_dim)
+        self.vr_value = self.fusion.linear(self.attn_dim)
         self.vr_out = projection(self.attn_dim, query_dim, output_layers)
         if zero_init:
             zero_last(self.vr_out)
 
     def read(self, query: Tensor, key: Tensor, value: Tensor, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
-        """(B, heads, h*w, d) queries; (B, heads, H*W, d) keys; (B, heads, H*W, d_v) values -> (B, heads, h*w, d_v)."""
+        """(B, heads, h*w, d) queries; (B, heads, M, d) keys; (B, heads, M, d_v) values -> (B, heads, h*w, d_v)."""
         raise NotImplementedError
 
-    def project(self, features: Tensor, saliency: Tensor | None) -> PreparedCells:
+    def project(self, features: Features, saliency: Tensor | None) -> PreparedCells:
         """Keys and values of the cells; see :meth:`Interaction.prepare`."""
-        features = self.norm(features)
-        key, value = self.vr_key(features), self.vr_value(features)
+        features = self.fusion(features)
+        key, value = projected(self.vr_key, features), projected(self.vr_value, features)
         if saliency is not None:
-            value = value * saliency[..., None].to(value.dtype)
+            value = value * saliency.repeat(1, self.fusion.key_levels)[..., None].to(value.dtype)
         return PreparedCells(split_heads(key, self.num_heads), split_heads(value, self.num_heads))
 
     def attend(self, tokens: Tensor, prepared: PreparedCells, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
@@ -95,22 +94,24 @@ class CrossAttention(Interaction[PreparedCells]):
         return self.vr_out(read.transpose(1, 2).flatten(2))
 
     @torch.no_grad()
-    def attention_weights(self, tokens: Tensor, features: Tensor, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
+    def attention_weights(self, tokens: Tensor, features: Features, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
         """Where each token looks, for pictures.
 
         Args:
             tokens: (B, h*w, D), normalised as the block does it.
-            features: (B, H*W, C).
+            features: (B, H*W, C), or one (B, H*W, c) per level.
             token_grid: (h, w).
             feature_grid: (H, W).
 
         Returns:
-            (B, heads, h*w, H*W), rows sum to 1; zero for cells that a token does not see.
+            (B, heads, h*w, H*W), rows sum to 1; zero for cells that a token does not see. The weight of a cell is that
+            of all its levels.
         """
         query = split_heads(self.vr_query(tokens), self.num_heads)
         key = self.prepare(features, feature_grid=feature_grid).key
         # Attention over one-hot values is the attention map.
-        one_hot = torch.eye(key.shape[2], dtype=query.dtype, device=query.device).expand(*key.shape[:2], -1, -1)
+        one_hot = torch.eye(feature_grid[0] * feature_grid[1], dtype=query.dtype, device=query.device)
+        one_hot = one_hot.repeat(self.fusion.key_levels, 1).expand(*key.shape[:2], -1, -1)
         return self.read(query, key, one_hot, token_grid=token_grid, feature_grid=feature_grid)
 
     def extra_repr(self) -> str:

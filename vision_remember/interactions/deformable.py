@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,14 +11,9 @@ from torch import Tensor, nn
 
 from vision_remember.grid import Grid
 from vision_remember.interactions.base import Interaction
-from vision_remember.interactions.parts import (
-    FeatureNorm,
-    LevelNorm,
-    attention_width,
-    head_count,
-    projection,
-    zero_last,
-)
+from vision_remember.interactions.fusion import FUSIONS
+from vision_remember.interactions.levels import FeatureNorm, Features, level_widths, split_levels
+from vision_remember.interactions.parts import attention_width, head_count, projection, zero_last
 from vision_remember.ops import deformable_sample
 
 
@@ -25,10 +21,10 @@ class PreparedLevels(NamedTuple):
     """Values of an image.
 
     Attributes:
-        values: (B, levels, H*W, heads, d), saliency already multiplied in.
+        values: one (B, H*W, heads, d) per level, saliency already multiplied in.
     """
 
-    values: Tensor
+    values: tuple[Tensor, ...]
 
 
 class DeformableAttention(Interaction[PreparedLevels]):
@@ -43,7 +39,10 @@ class DeformableAttention(Interaction[PreparedLevels]):
         attn_dim: width of the values; "features" for C; None for D, at most 1024.
         num_heads: heads; None for heads of 64 channels (16 where the width is below 512).
         num_points: places per head and level.
-        num_levels: encoder levels joined in the features.
+        num_levels: encoder levels in the features, all of one width.
+        level_dims: the width of each level, where they differ.
+        fusion: an entry of ``FUSIONS``. It samples each level that comes out by itself, one softmax over the
+            points of all of them, so "concat" and "tokens" are one and the same here.
         feature_norm: layer norm over each level's channels, over all channels ("joint"), or none.
         query_layers: 1: offsets and weights are linear in the token; 2: an MLP with GELU comes first.
         output_layers: 1 for a linear output projection, 2 for an MLP with GELU.
@@ -62,38 +61,38 @@ class DeformableAttention(Interaction[PreparedLevels]):
         num_heads: int | None = None,
         num_points: int = 4,
         num_levels: int = 1,
+        level_dims: Sequence[int] | None = None,
+        fusion: str = "concat",
         feature_norm: FeatureNorm = "per_level",
         query_layers: Literal[1, 2] = 1,
         output_layers: Literal[1, 2] = 1,
         zero_init: bool = True,
     ) -> None:
-        super().__init__(query_dim, feature_dim)
+        super().__init__(query_dim, feature_dim, level_widths(feature_dim, num_levels, level_dims))
         if num_points < 1:
             raise ValueError(f"num_points={num_points}: expected a positive number")
         self.attn_dim = attention_width(attn_dim, query_dim, feature_dim)
         self.num_heads = head_count(num_heads, self.attn_dim)
-        self.num_points, self.num_levels = num_points, num_levels
-        self.norm = LevelNorm(feature_dim, num_levels, feature_norm)
+        self.fusion = FUSIONS[fusion](self.level_dims, feature_norm)
+        self.num_points, self.num_levels = num_points, len(self.fusion.out_dims)
         if query_layers not in (1, 2):
             raise ValueError(f"{query_layers} layers in a projection: expected 1 or 2")
         hidden = query_dim if query_layers == 1 else self.attn_dim
         self.vr_query = nn.Identity() if query_layers == 1 else nn.Sequential(nn.Linear(query_dim, hidden), nn.GELU())
-        places = self.num_heads * num_levels * num_points
+        places = self.num_heads * self.num_levels * num_points
         self.vr_offsets = nn.Linear(hidden, 2 * places)
         self.vr_weights = nn.Linear(hidden, places)
-        self.vr_values = nn.ModuleList(
-            nn.Linear(feature_dim // num_levels, self.attn_dim, bias=False) for _ in range(num_levels)
-        )
+        self.vr_values = nn.ModuleList(nn.Linear(width, self.attn_dim, bias=False) for width in self.fusion.out_dims)
         self.vr_out = projection(self.attn_dim, query_dim, output_layers)
         self._start(zero_init)
 
-    def project(self, features: Tensor, saliency: Tensor | None) -> PreparedLevels:
+    def project(self, features: Features, saliency: Tensor | None) -> PreparedLevels:
         """Values of the cells, level by level; see :meth:`Interaction.prepare`."""
-        levels = self.norm(features).chunk(self.num_levels, dim=-1)
-        values = torch.stack([project(level) for project, level in zip(self.vr_values, levels, strict=True)], dim=1)
+        levels = split_levels(self.fusion(features), self.fusion.out_dims)
+        values = [project(level) for project, level in zip(self.vr_values, levels, strict=True)]
         if saliency is not None:
-            values = values * saliency[:, None, :, None].to(values.dtype)
-        return PreparedLevels(values.unflatten(-1, (self.num_heads, self.attn_dim // self.num_heads)))
+            values = [value * saliency[..., None].to(value.dtype) for value in values]
+        return PreparedLevels(tuple(value.unflatten(-1, (self.num_heads, -1)) for value in values))
 
     def attend(self, tokens: Tensor, prepared: PreparedLevels, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
         """The weighted sum of the sampled values; see :meth:`Interaction.attend`."""
@@ -105,7 +104,7 @@ class DeformableAttention(Interaction[PreparedLevels]):
         offsets = self.vr_offsets(query).to(torch.promote_types(query.dtype, torch.float32)).unflatten(-1, (*places, 2))
         centres = _centres(token_grid, like=offsets)[:, None, None, None]
         locations = centres + offsets / offsets.new_tensor([4 * w, 4 * h])
-        read = deformable_sample(prepared.values.unbind(1), locations, weights, grids=[feature_grid] * self.num_levels)
+        read = deformable_sample(prepared.values, locations, weights, grids=[feature_grid] * self.num_levels)
         return self.vr_out(read.flatten(2))
 
     def extra_repr(self) -> str:

@@ -1,45 +1,12 @@
-"""What interactions share: widths, norms of the features, projections."""
+"""What interactions share: widths, projections, heads."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.nn import functional as F
-
-FeatureNorm = Literal["per_level", "joint", "none"]
 
 _MAX_DEFAULT_WIDTH = 1024
-
-
-class LevelNorm(nn.Module):
-    """Layer norm of joined levels, over each level's channels or over all.
-
-    It has no weights of its own: the projections that follow would absorb them.
-
-    Args:
-        feature_dim: C, width of the features, all levels joined.
-        num_levels: levels joined in them.
-        kind: "per_level", "joint" or "none".
-
-    Raises:
-        ValueError: levels of unequal width, or an unknown kind.
-    """
-
-    def __init__(self, feature_dim: int, num_levels: int, kind: FeatureNorm) -> None:
-        super().__init__()
-        if num_levels < 1 or feature_dim % num_levels:
-            raise ValueError(f"num_levels={num_levels} must divide feature_dim={feature_dim}")
-        if kind not in ("per_level", "joint", "none"):
-            raise ValueError(f"feature_norm={kind!r}: expected 'per_level', 'joint' or 'none'")
-        self.groups = {"per_level": num_levels, "joint": 1, "none": 0}[kind]
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
-        if not self.groups:
-            return features
-        width = features.shape[-1] // self.groups
-        return F.layer_norm(features.unflatten(-1, (self.groups, width)), (width,)).flatten(-2)
 
 
 def attention_width(attn_dim: int | Literal["features"] | None, query_dim: int, feature_dim: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from vision_remember.grid import Grid, check_grid
 from vision_remember.interactions.cross_attention import CrossAttention
-from vision_remember.interactions.parts import FeatureNorm
+from vision_remember.interactions.levels import FeatureNorm
 from vision_remember.ops import BACKENDS, local_attention, region_bias
 
 Position = Literal["specialised", "learned", "none"]
@@ -34,7 +35,9 @@ class SELA(CrossAttention):
             starts near zero. "none" is the paper's text, which mentions no bias.
         cells: cells per token (rows, columns) that the position table is laid out for; other regions interpolate it.
             "specialised" needs at least rows * columns heads to cover each cell.
-        num_levels: encoder levels joined in the features, for ``feature_norm``.
+        num_levels: encoder levels in the features, all of one width.
+        level_dims: the width of each level, where they differ.
+        fusion: an entry of ``FUSIONS``: how the levels of a cell are joined.
         feature_norm: layer norm over each level's channels, over all channels ("joint"), or none.
         query_layers: 1 for a linear query projection, 2 for an MLP with GELU.
         output_layers: the same for the output projection.
@@ -56,6 +59,8 @@ class SELA(CrossAttention):
         position: Position = "specialised",
         cells: Grid = (2, 2),
         num_levels: int = 1,
+        level_dims: Sequence[int] | None = None,
+        fusion: str = "concat",
         feature_norm: FeatureNorm = "per_level",
         query_layers: Literal[1, 2] = 1,
         output_layers: Literal[1, 2] = 1,
@@ -68,6 +73,8 @@ class SELA(CrossAttention):
             attn_dim=attn_dim,
             num_heads=num_heads,
             num_levels=num_levels,
+            level_dims=level_dims,
+            fusion=fusion,
             feature_norm=feature_norm,
             query_layers=query_layers,
             output_layers=output_layers,
@@ -79,20 +86,22 @@ class SELA(CrossAttention):
         BACKENDS[backend]  # for its error: the earliest place to notice a typo
         self.window = window
         self.backend = backend
-        self.position = _position_table(position, self.num_heads, window, cells)
+        self.position = _position_table(position, self.num_heads, window, cells, self.fusion.key_levels)
 
     def read(self, query: Tensor, key: Tensor, value: Tensor, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
         """Softmax over the cells under each token; see :meth:`CrossAttention.read`."""
         bias = None
         if self.position is not None:
             bias = region_bias(self.position, query_grid=token_grid, key_grid=feature_grid, window=self.window)
-            bias = bias.to(query.dtype)  # under autocast the queries are narrower than the parameters
+            # under autocast the queries are narrower than the parameters
+            bias = torch.cat(bias.to(query.dtype).chunk(self.fusion.key_levels), dim=-1)
         return local_attention(
             query,
             key,
             value,
             query_grid=token_grid,
             key_grid=feature_grid,
+            key_levels=self.fusion.key_levels,
             window=self.window,
             bias=bias,
             backend=self.backend,
@@ -102,20 +111,23 @@ class SELA(CrossAttention):
         return f"{super().extra_repr()}, window={self.window}, backend={self.backend!r}"
 
 
-def _position_table(position: Position, heads: int, window: int, cells: Grid) -> nn.Parameter | None:
-    """(heads, k*k, k*rows, k*columns), one entry per head, query of the block and cell of its region."""
+def _position_table(position: Position, heads: int, window: int, cells: Grid, key_levels: int) -> nn.Parameter | None:
+    """(levels*heads, k*k, k*rows, k*columns), one entry per head, query of the block and cell of its region.
+
+    With fusion "tokens" each level has a table of its own, all the same at the start.
+    """
     if position == "none":
         return None
     rows, columns = cells
-    table = torch.zeros(heads, window * window, window * rows, window * columns)
+    table = torch.zeros(key_levels * heads, window * window, window * rows, window * columns)
     if position == "learned":
         nn.init.normal_(table, std=_LEARNED_STD)
     elif position == "specialised":
-        for head in range(heads):
-            row, column = divmod(head % math.prod(cells), columns)
+        for entry in range(key_levels * heads):
+            row, column = divmod(entry % heads % math.prod(cells), columns)
             for query in range(window * window):
                 i, j = divmod(query, window)
-                table[head, query, i * rows + row, j * columns + column] = _OWN_CELL_LOGIT
+                table[entry, query, i * rows + row, j * columns + column] = _OWN_CELL_LOGIT
     else:
         raise ValueError(f"position={position!r}: expected 'specialised', 'learned' or 'none'")
     return nn.Parameter(table)

@@ -29,6 +29,7 @@ def local_attention(
     *,
     query_grid: Grid,
     key_grid: Grid,
+    key_levels: int = 1,
     window: int = 1,
     saliency: Tensor | None = None,
     bias: Tensor | None = None,
@@ -41,17 +42,21 @@ def local_attention(
     ``floor(i * H / h) .. ceil(min(i + window, h) * H / h) - 1``, columns likewise. With ``window=1`` this is adaptive
     average pooling's rule, so any pair of grids works; ``H = 2h`` is the paper's r = 2, four cells per token.
 
+    Keys may come from several levels L of features on one grid: a region then holds its cells of every level, level
+    after level, under a single softmax.
+
     Args:
         query: (B, heads, h*w, d), raster order.
-        key: (B, heads, H*W, d), raster order.
-        value: (B, heads, H*W, d_v), raster order.
+        key: (B, heads, L*H*W, d), level after level, each in raster order.
+        value: (B, heads, L*H*W, d_v), in the order of the keys.
         query_grid: (h, w).
         key_grid: (H, W).
+        key_levels: L.
         window: side k of a block, in queries.
-        saliency: (B, H*W), multiplies the values only, after the softmax has normalised: where it is small the output
+        saliency: (B, L*H*W), multiplies the values only, after the softmax has normalised: where it is small the output
             shrinks (eq. 3 applied as the paper describes).
-        bias: added to the logits. (heads, k*k, cells), by the query's place in its block and the cell's place in its
-            region, both row by row: only on grids that divide evenly. (heads, blocks, k*k, cells) on any grids, one
+        bias: added to the logits. (heads, k*k, L*cells), by the query's place in its block and the cell's place in its
+            region, both row by row: only on grids that divide evenly. (heads, blocks, k*k, L*cells) on any grids, one
             per block, the cells counted in a frame as large as the largest region (see ``region_bias``).
         backend: "auto", "windowed" (fast) or "naive" (the loop that defines the operation).
 
@@ -65,13 +70,25 @@ def local_attention(
     check_grid("query_grid", query_grid)
     check_grid("key_grid", key_grid)
     check_length("query", query.shape[2], "query_grid", query_grid)
-    check_length("key", key.shape[2], "key_grid", key_grid)
+    if key_levels < 1 or key.shape[2] % key_levels:
+        raise ValueError(
+            f"key holds {key.shape[2]} positions: expected key_levels={key_levels} rasters of equal length"
+        )
+    check_length("key" if key_levels == 1 else "a level of key", key.shape[2] // key_levels, "key_grid", key_grid)
     if window < 1:
         raise ValueError(f"window={window}: expected a positive number of queries per block side")
     if bias is not None:
-        _check_bias(bias, query.shape[1], query_grid, key_grid, window)
+        _check_bias(bias, query.shape[1], query_grid, key_grid, key_levels, window)
     return BACKENDS[backend](
-        query, key, value, query_grid=query_grid, key_grid=key_grid, window=window, saliency=saliency, bias=bias
+        query,
+        key,
+        value,
+        query_grid=query_grid,
+        key_grid=key_grid,
+        key_levels=key_levels,
+        window=window,
+        saliency=saliency,
+        bias=bias,
     )
 
 
@@ -94,9 +111,9 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, saliency: Tensor |
         raise ValueError(f"devices differ: {', '.join(f'{n} {t.device}' for n, t in tensors.items())}")
 
 
-def _check_bias(bias: Tensor, heads: int, query_grid: Grid, key_grid: Grid, window: int) -> None:
+def _check_bias(bias: Tensor, heads: int, query_grid: Grid, key_grid: Grid, key_levels: int, window: int) -> None:
     rows, columns = (AxisRegions(*sides, window) for sides in zip(query_grid, key_grid, strict=True))
-    cells = rows.extent * columns.extent
+    cells = key_levels * rows.extent * columns.extent
     if bias.ndim == 3 and not (rows.even and columns.even):
         raise ValueError(
             f"a bias of shape (heads, k*k, cells) needs key_grid={key_grid} to be a multiple of query_grid={query_grid}"

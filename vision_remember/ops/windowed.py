@@ -19,6 +19,7 @@ def windowed_local_attention(
     *,
     query_grid: Grid,
     key_grid: Grid,
+    key_levels: int = 1,
     window: int = 1,
     saliency: Tensor | None = None,
     bias: Tensor | None = None,
@@ -33,15 +34,18 @@ def windowed_local_attention(
         value = value * saliency[:, None, :, None]
 
     query = _split_queries(query, query_grid, window, rows, columns)  # (B, heads, blocks, k*k, d)
-    key = _split_cells(key, key_grid, rows, columns)  # (B, heads, blocks, cells, d)
-    value = _split_cells(value, key_grid, rows, columns)
+    key = _split_cells(key, key_grid, key_levels, rows, columns)  # (B, heads, blocks, levels*cells, d)
+    value = _split_cells(value, key_grid, key_levels, rows, columns)
 
-    logits = torch.matmul(query / math.sqrt(query.shape[-1]), key.transpose(-1, -2))  # (B, heads, blocks, k*k, cells)
+    logits = torch.matmul(
+        query / math.sqrt(query.shape[-1]), key.transpose(-1, -2)
+    )  # (B, heads, blocks, k*k, levels*cells)
     if bias is not None:
         logits = logits + (bias.unsqueeze(1) if bias.ndim == 3 else bias)
     if not (rows.even and columns.even):
         inside = rows.inside(key.device)[:, None, :, None] & columns.inside(key.device)[None, :, None, :]
-        logits = logits.masked_fill(~inside.reshape(rows.blocks * columns.blocks, 1, -1), -math.inf)
+        inside = inside.reshape(rows.blocks * columns.blocks, 1, -1).repeat(1, 1, key_levels)
+        logits = logits.masked_fill(~inside, -math.inf)
     # Half precision keeps too few digits for a sum of exponentials.
     weights = logits.softmax(-1, dtype=torch.float32 if logits.dtype.itemsize < 4 else None).to(value.dtype)
     return _merge_queries(torch.matmul(weights, value), query_grid, window, rows, columns)
@@ -66,12 +70,14 @@ def _merge_queries(x: Tensor, grid: Grid, window: int, rows: AxisRegions, column
     return x[:, :, : grid[0], : grid[1]].reshape(batch, heads, grid[0] * grid[1], dim)
 
 
-def _split_cells(x: Tensor, grid: Grid, rows: AxisRegions, columns: AxisRegions) -> Tensor:
-    """(B, heads, H*W, d) -> (B, heads, blocks, cells, d), the cells of each region row by row."""
+def _split_cells(x: Tensor, grid: Grid, levels: int, rows: AxisRegions, columns: AxisRegions) -> Tensor:
+    """(B, heads, levels*H*W, d) -> (B, heads, blocks, levels*cells, d), the cells of each region row by row."""
     batch, heads, _, dim = x.shape
     if rows.even and columns.even:
-        x = x.reshape(batch, heads, rows.blocks, rows.extent, columns.blocks, columns.extent, dim).transpose(3, 4)
+        x = x.reshape(batch, heads, levels, rows.blocks, rows.extent, columns.blocks, columns.extent, dim)
+        x = x.permute(0, 1, 3, 5, 2, 4, 6, 7)
     else:
-        index = rows.cells(x.device)[:, None, :, None] * grid[1] + columns.cells(x.device)[None, :, None, :]
+        index = rows.cells(x.device)[:, None, None, :, None] * grid[1] + columns.cells(x.device)[None, :, None, None, :]
+        index = index + torch.arange(levels, device=x.device)[:, None, None] * (grid[0] * grid[1])
         x = x.index_select(2, index.flatten())
-    return x.reshape(batch, heads, rows.blocks * columns.blocks, rows.extent * columns.extent, dim)
+    return x.reshape(batch, heads, rows.blocks * columns.blocks, levels * rows.extent * columns.extent, dim)

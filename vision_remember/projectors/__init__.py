@@ -11,6 +11,7 @@ from vision_remember.projectors.base import Projector
 from vision_remember.projectors.c_abstractor import CAbstractor
 from vision_remember.projectors.d_abstractor import DAbstractor
 from vision_remember.projectors.deformable_pool import DeformablePool
+from vision_remember.projectors.honeybee_resampler import HoneybeeResampler
 from vision_remember.projectors.ldp import LDP, LDPv2
 from vision_remember.projectors.matryoshka import Matryoshka
 from vision_remember.projectors.mlp import MLP
@@ -29,6 +30,7 @@ PROJECTORS: Registry[type[Projector]] = Registry(
         "c_abstractor": CAbstractor,
         "d_abstractor": DAbstractor,
         "deformable_pool": DeformablePool,
+        "honeybee_resampler": HoneybeeResampler,
         "ldp": LDP,
         "ldpv2": LDPv2,
         "matryoshka": Matryoshka,
@@ -81,6 +83,7 @@ __all__ = [
     "CAbstractor",
     "DAbstractor",
     "DeformablePool",
+    "HoneybeeResampler",
     "LDPv2",
     "Matryoshka",
     "PixelShuffle",

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from vision_remember.grid import Grid
 from vision_remember.ops import local_attention
+from vision_remember.projectors.checkpoints import taken
 
 
 class Attention(nn.Module):
@@ -64,14 +65,18 @@ class Attention(nn.Module):
 
 
 def unfused_attention(state: Mapping[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
-    """The weights of an ``nn.MultiheadAttention`` called ``source``, for an :class:`Attention` called ``target``."""
-    weights = state[f"{source}.in_proj_weight"].chunk(3)
-    biases = state[f"{source}.in_proj_bias"].chunk(3)
+    """The weights of an ``nn.MultiheadAttention`` called ``source``, for an :class:`Attention` called ``target``.
+
+    Raises:
+        ValueError: one of them is missing.
+    """
+    weights = taken(state, f"{source}.in_proj_weight").chunk(3)
+    biases = taken(state, f"{source}.in_proj_bias").chunk(3)
     unfused = {}
     for name, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
         unfused[f"{target}.{name}.weight"], unfused[f"{target}.{name}.bias"] = weight, bias
     for name in ("weight", "bias"):
-        unfused[f"{target}.out.{name}"] = state[f"{source}.out_proj.{name}"]
+        unfused[f"{target}.out.{name}"] = taken(state, f"{source}.out_proj.{name}")
     return unfused
 
 

@@ -34,6 +34,9 @@ class Projector(nn.Module):
     needs_text: ClassVar[bool] = False
     """Whether ``forward`` also needs ``text``, a vector of the question to each image."""
 
+    end_tokens: int = 0
+    """Learned tokens behind those of the grid, the same for every image. They stand for no cells."""
+
     def __init__(self, in_dim: int, out_dim: int, *, ratio: int | None = None, out_grid: Grid | None = None) -> None:
         super().__init__()
         if ratio is not None and out_grid is not None:
@@ -64,12 +67,21 @@ class Projector(nn.Module):
             raise ValueError(f"out_grid={h}x{w}: expected at most the features' grid {grid[0]}x{grid[1]}")
         return h, w
 
+    def num_tokens(self, grid: Grid) -> int:
+        """How many tokens an image of features on ``grid`` becomes, end tokens included.
+
+        Raises:
+            ValueError: the projector cannot make this grid.
+        """
+        h, w = self.out_grid(grid)
+        return h * w + self.end_tokens
+
     def options(self) -> dict[str, Any]:
         """Keyword arguments that build this projector again, beside its widths."""
         return {"ratio": self.ratio, "out_grid": self.fixed_grid}
 
     def forward(self, features: Tensor, grid: Grid | None = None) -> Tensor:
-        """(B, H*W, feature_dim) -> (B, h*w, D), both in raster order. Never writes to its input.
+        """(B, H*W, feature_dim) -> (B, h*w, D), both in raster order, then any end tokens. Never writes to its input.
 
         Args:
             features: the encoder's features without prefix tokens.
@@ -90,5 +102,5 @@ class Projector(nn.Module):
         return grid
 
     def project(self, features: Tensor, grid: Grid, out_grid: Grid) -> Tensor:
-        """(B, H*W, feature_dim) on ``grid`` -> (B, h*w, D) on ``out_grid``."""
+        """(B, H*W, feature_dim) on ``grid`` -> (B, h*w, D) on ``out_grid``, then any end tokens."""
         raise NotImplementedError

@@ -16,6 +16,7 @@ from vision_remember.projectors.adaptive_avg_pool import average_pooled
 from vision_remember.projectors.base import Projector
 from vision_remember.projectors.checkpoints import renamed
 from vision_remember.projectors.convolutions import DepthwiseConv, SqueezeExcite
+from vision_remember.projectors.end_tokens import EndTokens
 from vision_remember.projectors.tables import resampled
 
 
@@ -54,8 +55,8 @@ class CAbstractor(Projector):
     """Convolutional stage, adaptive average pooling, convolutional stage, MLP: (B, H*W, C) -> (B, h*w, D).
 
     Every token depends on all features, through the squeezes' means, and most on those around it. Honeybee reads the
-    encoder's last layer, this class the one that the host's own projector reads. Honeybee's optional end tokens and
-    first norm, off by default, are left out.
+    encoder's last layer, this class the one that the host's own projector reads. Honeybee's optional first norm, off by
+    default, is left out.
 
     Args:
         in_dim: C, width of the encoder's features.
@@ -67,6 +68,7 @@ class CAbstractor(Projector):
         mlp_depth: linear layers of the MLP, with SiLU between them.
         position_grid: grid of the learned positions that are added to the features, interpolated to features of other
             grids; None for no positions. 24x24 is CLIP-L/14-336's.
+        end_tokens: learned tokens behind those of the image; see :class:`Projector`.
 
     Raises:
         ValueError: a negative depth, an MLP without a layer, or no grid.
@@ -83,6 +85,7 @@ class CAbstractor(Projector):
         depth: int = 3,
         mlp_depth: int = 2,
         position_grid: Grid | None = (24, 24),
+        end_tokens: int = 0,
     ) -> None:
         super().__init__(in_dim, out_dim, ratio=ratio, out_grid=out_grid)
         if depth < 0 or mlp_depth < 1:
@@ -101,6 +104,7 @@ class CAbstractor(Projector):
         self.readout = nn.Sequential(nn.Linear(widths[-1], out_dim))
         for _ in range(mlp_depth - 1):
             self.readout.extend((nn.SiLU(), nn.Linear(out_dim, out_dim)))
+        self.end_tokens, self.end = end_tokens, EndTokens(end_tokens, out_dim)
 
     def options(self) -> dict[str, Any]:
         own = {
@@ -108,6 +112,7 @@ class CAbstractor(Projector):
             "depth": self.depth,
             "mlp_depth": self.mlp_depth,
             "position_grid": self.position_grid,
+            "end_tokens": self.end_tokens,
         }
         return {**super().options(), **own}
 
@@ -116,7 +121,7 @@ class CAbstractor(Projector):
             features = features + resampled(self.position, self.position_grid, grid)
         cells = self.stage_1(features.unflatten(1, grid)).flatten(1, 2)
         cells = average_pooled(cells, grid, out_grid).unflatten(1, out_grid)
-        return self.readout(self.stage_2(cells).flatten(1, 2))
+        return self.end(self.readout(self.stage_2(cells).flatten(1, 2)))
 
     @classmethod
     def import_state_dict(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -142,7 +147,7 @@ class CAbstractor(Projector):
             "downsample.bn": "skip.1",
         }
         weights = dict(state_dict)
-        position = weights.pop("pos_emb", None)
+        position, end = weights.pop("pos_emb", None), weights.pop("eos_tokens", None)
         names = {}
         for module in {key.rpartition(".")[0] for key in weights}:
             in_stage = re.fullmatch(r"net\.(0|2)\.b(\d+)\.(.+)", module)
@@ -154,4 +159,6 @@ class CAbstractor(Projector):
         if position is not None:
             has_cls = math.isqrt(position.shape[1]) ** 2 != position.shape[1]
             imported["position"] = position[0, 1:] if has_cls else position[0]
+        if end is not None:
+            imported["end.tokens"] = end[0]
         return imported

@@ -26,3 +26,18 @@ def renamed(state_dict: Mapping[str, Tensor], modules: Mapping[str, str]) -> dic
             )
         ours[f"{modules[module]}.{name}"] = tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor
     return ours
+
+
+def taken(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
+    """The weight called ``name``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in state_dict:
+        found = ", ".join(map(repr, list(state_dict)[:3])) or "none"
+        raise ValueError(
+            f"no weight {name!r}: expected the projector's own, without the prefix of the model around them; "
+            f"the first are {found}"
+        )
+    return state_dict[name]

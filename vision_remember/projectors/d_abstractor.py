@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,10 +14,29 @@ from torch.nn import functional as F
 from vision_remember.grid import Grid, check_grid
 from vision_remember.projectors.attention import Attention
 from vision_remember.projectors.base import Projector
+from vision_remember.projectors.checkpoints import renamed, taken
 from vision_remember.projectors.deformable_attention import DeformableAttention, axis_places, raster_points
+from vision_remember.projectors.end_tokens import EndTokens
 from vision_remember.projectors.tables import learned_query_grid, resampled
 
 _STD = 0.02
+
+# the layers' modules in Honeybee's release, which are those of transformers' Deformable DETR, and ours
+_LAYER_PARTS = {
+    "self_attn.q_proj": "self_attention.query",
+    "self_attn.k_proj": "self_attention.key",
+    "self_attn.v_proj": "self_attention.value",
+    "self_attn.out_proj": "self_attention.out",
+    "self_attn_layer_norm": "self_norm",
+    "encoder_attn.sampling_offsets": "cross_attention.offsets",
+    "encoder_attn.attention_weights": "cross_attention.weights",
+    "encoder_attn.value_proj": "cross_attention.value",
+    "encoder_attn.output_proj": "cross_attention.out",
+    "encoder_attn_layer_norm": "cross_norm",
+    "fc1": "feed_forward.0",
+    "fc2": "feed_forward.2",
+    "final_layer_norm": "feed_forward_norm",
+}
 
 
 class DAbstractorLayer(nn.Module):
@@ -78,6 +100,7 @@ class DAbstractor(Projector):
         num_heads: heads of each attention.
         num_points: points per head of the deformable attention.
         dropout: share of each branch's output that training drops; Honeybee trains with 0.1.
+        end_tokens: learned tokens behind those of the image; see :class:`Projector`.
 
     Raises:
         ValueError: heads that do not divide the width, no layer or no points.
@@ -98,6 +121,7 @@ class DAbstractor(Projector):
         num_heads: int = 8,
         num_points: int = 4,
         dropout: float = 0.0,
+        end_tokens: int = 0,
     ) -> None:
         super().__init__(in_dim, out_dim, ratio=ratio, out_grid=out_grid)
         check_grid("position_grid", position_grid)
@@ -117,6 +141,7 @@ class DAbstractor(Projector):
             DAbstractorLayer(width, self.ffn_dim, num_heads=num_heads, num_points=num_points, dropout=dropout)
             for _ in range(num_layers)
         )
+        self.end_tokens, self.end = end_tokens, EndTokens(end_tokens, width)
         self.out = nn.Linear(width, out_dim)
         nn.init.trunc_normal_(self.positions, std=_STD)
         nn.init.normal_(self.queries, std=_STD)
@@ -132,14 +157,13 @@ class DAbstractor(Projector):
             "num_heads": self.num_heads,
             "num_points": self.num_points,
             "dropout": self.dropout,
+            "end_tokens": self.end_tokens,
         }
 
     def references(self, grid: Grid, out_grid: Grid) -> Tensor:
         """(h*w, 2), where each token starts to look, as (x, y); 0 to 1 spans the image. In float32 at the least."""
-        (H, W), (h, w) = grid, out_grid
-        rows = axis_places(0.5 / H, 1 - 0.5 / H, h, self.reference_shifts)
-        columns = axis_places(0.5 / W, 1 - 0.5 / W, w, self.reference_shifts)
-        return raster_points(rows, columns) + resampled(self.reference_shifts, self.query_grid, out_grid)
+        starts = _reference_starts(grid, out_grid, like=self.reference_shifts)
+        return starts + resampled(self.reference_shifts, self.query_grid, out_grid)
 
     def project(self, features: Tensor, grid: Grid, out_grid: Grid) -> Tensor:
         memory = self.features(features) + resampled(self.positions, self.position_grid, grid)
@@ -150,4 +174,40 @@ class DAbstractor(Projector):
         step = (1 / grid[1], 1 / grid[0])  # an offset counts cells
         for layer in self.layers:
             queries = layer(queries, positions, memory, references=references, step=step, grid=grid)
-        return self.out(queries)
+        return self.out(self.end(queries))
+
+    @classmethod
+    def import_state_dict(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of Honeybee's release under our names: of one level, with pooled features for positions.
+
+        Its learned reference points become shifts from where they start. Build with the ``query_grid``,
+        ``position_grid`` and layers that it has.
+
+        Args:
+            state_dict: those of its ``abstractor``, without that prefix. A position for the CLS token is dropped.
+
+        Raises:
+            ValueError: a weight of another module, or no queries, positions or reference points.
+        """
+        queries = taken(state_dict, "query_position_embeddings.weight")
+        positions, references = (taken(state_dict, name)[0] for name in ("v_pos_emb", "reference_points"))
+        side, out_side = math.isqrt(len(positions)), math.isqrt(len(queries))
+        starts = _reference_starts((side, side), (out_side, out_side), like=references)
+        imported = {"queries": queries, "positions": positions[-side * side :], "reference_shifts": references - starts}
+        own = ("query_position_embeddings.weight", "v_pos_emb", "reference_points")
+        rest = {name: weight for name, weight in state_dict.items() if name not in own}
+        if "eos_tokens" in rest:
+            imported["end.tokens"] = rest.pop("eos_tokens")[0]
+        names = {"input_proj.0": "features", "output_proj": "out"}
+        for module in {key.rpartition(".")[0] for key in rest}:
+            in_layer = re.fullmatch(r"layers\.(\d+)\.(.+)", module)
+            if in_layer and in_layer[2] in _LAYER_PARTS:
+                names[module] = f"layers.{in_layer[1]}.{_LAYER_PARTS[in_layer[2]]}"
+        return imported | renamed(rest, names)
+
+
+def _reference_starts(grid: Grid, out_grid: Grid, like: Tensor) -> Tensor:
+    """(h*w, 2), evenly spaced from the first to the last cell's centre."""
+    (H, W), (h, w) = grid, out_grid
+    rows, columns = axis_places(0.5 / H, 1 - 0.5 / H, h, like), axis_places(0.5 / W, 1 - 0.5 / W, w, like)
+    return raster_points(rows, columns)

@@ -41,6 +41,8 @@ class Matryoshka(MLPProjector):
     def set_budget(self, tokens: int | None) -> None:
         """Makes every later call emit this many tokens; None goes back to the ratio or grid of the construction.
 
+        In a model, set it through the handle of :func:`vision_remember.compress_projector`, which tells the processor.
+
         Raises:
             ValueError: no positive integer. Whether the features nest into it is known, and said, by :meth:`out_grid`.
         """

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from vision_remember.grid import Grid
-from vision_remember.projectors.attention import Attention, mlp
+from vision_remember.projectors.attention import Attention, mlp, unfused_attention
 from vision_remember.projectors.blocks import BlockProjector, Fit, fitted
+from vision_remember.projectors.checkpoints import renamed
 
 _NORM_EPS = 1e-6
 
@@ -99,3 +101,21 @@ class QueCC(BlockProjector):
         condensable = self.query_norm(self.query(asked))
         size = (out_grid[0] * self.block[0], out_grid[1] * self.block[1])
         return self.condense(fitted(condensable, grid, size, self.fit)).flatten(2).transpose(1, 2)
+
+    @classmethod
+    def import_state_dict(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of QueCC's release under our names.
+
+        Args:
+            state_dict: those of its compressor, without a prefix, and of ``mm_projector``, the MLP behind it, with that
+                prefix.
+
+        Raises:
+            ValueError: a weight of another module, or none of the attention.
+        """
+        names = {"q_downsample": "condense", "text_projection.0": "question", "text_projection.1": "question_norm"}
+        for letter, our in (("q", "query"), ("k", "key"), ("v", "value")):
+            names |= {f"{letter}_proj.{i}": f"{our}.{i}" for i in (0, 2)} | {f"{letter}_proj.3": f"{our}_norm"}
+        names |= {f"mm_projector.{i}": f"mlp.{i}" for i in (0, 2)}
+        rest = {name: weight for name, weight in state_dict.items() if not name.startswith("clip_attn.")}
+        return renamed(rest, names) | unfused_attention(state_dict, "clip_attn", "attention")

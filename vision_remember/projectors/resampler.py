@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vision_remember.grid import Grid
 from vision_remember.projectors.attention import Attention, unfused_attention
 from vision_remember.projectors.base import Projector
-from vision_remember.projectors.checkpoints import renamed
+from vision_remember.projectors.checkpoints import renamed, taken
 from vision_remember.projectors.tables import learned_query_grid, resampled
 
 _NORM_EPS = 1e-6
@@ -118,16 +118,15 @@ class Resampler(Projector):
                 tables in it are dropped: they are computed.
 
         Raises:
-            ValueError: a weight of another module.
-            KeyError: no queries, no last matrix or no attention.
+            ValueError: a weight of another module, or no queries, no last matrix or no attention.
         """
         state = {name.removeprefix("attn_pool."): weight for name, weight in state_dict.items()}
-        attention = unfused_attention(state, "attn", "attention")
         names = {"kv_proj": "features", "ln_q": "query_norm", "ln_kv": "feature_norm", "ln_post": "out_norm"}
         own = ("query", "proj", "pos_embed")
         rest = {name: weight for name, weight in state.items() if name not in own and not name.startswith("attn.")}
+        imported = renamed(rest, names) | unfused_attention(state, "attn", "attention")
         # their last matrix multiplies from the right
-        return {"queries": state["query"], "out.weight": state["proj"].T} | attention | renamed(rest, names)
+        return {"queries": taken(state, "query"), "out.weight": taken(state, "proj").T} | imported
 
 
 def _default_heads(width: int) -> int:

@@ -83,14 +83,13 @@ class TokenPacker(Projector):
             state_dict: the projector's part of a checkpoint, without the prefix of the model around it.
 
         Raises:
-            ValueError: a weight of another module.
-            KeyError: no weights of the attention.
+            ValueError: a weight of another module, or none of the attention.
         """
         names = {f"{x}_proj_1.{i}": f"{our}.{i}" for x, our in (("k", "key"), ("v", "value")) for i in (0, 2)}
         names |= {f"ln_{our[0]}_1": f"{our}_norm" for our in ("query", "key", "value")}
         names |= {"q_proj_1": "query", "mlp.0": "mlp.0", "mlp.2": "mlp.2"}
         rest = {name: weight for name, weight in state_dict.items() if not name.startswith("clip_attn.")}
-        return unfused_attention(state_dict, "clip_attn", "attention") | renamed(rest, names)
+        return renamed(rest, names) | unfused_attention(state_dict, "clip_attn", "attention")
 
 
 def hd_layout(image_size: Grid, *, max_tiles: int = 9, tile: int = 336) -> Grid:

@@ -1,0 +1,137 @@
+"""Encoder levels that are never joined: their widths, their norm, their product with one weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FeatureNorm = Literal["per_level", "joint", "none"]
+
+Features = Tensor | Sequence[Tensor]
+"""(B, H*W, C), the levels joined on channels, or one (B, H*W, c) per level: the two mean the same."""
+
+_NORM_EPS = 1e-5
+
+
+def are_features(value: object) -> TypeGuard[Features]:
+    """Whether ``value`` is :data:`Features`, not an image that an interaction has prepared (a named tuple)."""
+    return isinstance(value, Tensor) or type(value) in (list, tuple)
+
+
+def level_widths(feature_dim: int, num_levels: int, level_dims: Sequence[int] | None) -> tuple[int, ...]:
+    """c of each level: ``level_dims``, or ``num_levels`` equal parts of C.
+
+    Raises:
+        ValueError: levels that do not make up C.
+    """
+    if level_dims is None:
+        if num_levels < 1 or feature_dim % num_levels:
+            raise ValueError(f"num_levels={num_levels} must divide feature_dim={feature_dim}")
+        return (feature_dim // num_levels,) * num_levels
+    if sum(level_dims) != feature_dim or min(level_dims) < 1 or num_levels not in (1, len(level_dims)):
+        raise ValueError(
+            f"level_dims={list(level_dims)}: expected {'positive widths' if num_levels == 1 else num_levels} "
+            f"that sum up to feature_dim={feature_dim}"
+        )
+    return tuple(level_dims)
+
+
+class LevelNorm(nn.Module):
+    """Layer norm of levels, over each level's channels or over those of all levels together.
+
+    It has no weights of its own: the projections that follow would absorb them.
+
+    Args:
+        level_dims: c of each level.
+        kind: "per_level", "joint" or "none".
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+
+    def __init__(self, level_dims: Sequence[int], kind: FeatureNorm) -> None:
+        super().__init__()
+        if kind not in ("per_level", "joint", "none"):
+            raise ValueError(f"feature_norm={kind!r}: expected 'per_level', 'joint' or 'none'")
+        self.level_dims, self.kind = tuple(level_dims), kind
+
+    def forward(self, features: Features) -> Features:
+        """Features -> features of the same widths. A joined tensor stays one where all its levels are as wide."""
+        if self.kind == "none":
+            return features
+        if isinstance(features, Tensor):
+            if self.kind == "joint":
+                return F.layer_norm(features, features.shape[-1:])
+            if len(set(self.level_dims)) == 1:
+                grouped = features.unflatten(-1, (len(self.level_dims), self.level_dims[0]))
+                return F.layer_norm(grouped, grouped.shape[-1:]).flatten(-2)
+        levels = split_levels(features, self.level_dims)
+        if self.kind == "per_level":
+            return [F.layer_norm(level, level.shape[-1:]) for level in levels]
+        return _normalised_together(levels)
+
+    def extra_repr(self) -> str:
+        return f"{list(self.level_dims)}, {self.kind!r}"
+
+
+def _normalised_together(levels: Sequence[Tensor]) -> list[Tensor]:
+    """Layer norm over the channels of all levels, from the mean and variance of each (Chan et al. 1979, eq. 2.1)."""
+    # Half precision keeps too few digits for a variance.
+    wide = [level.to(torch.promote_types(level.dtype, torch.float32)) for level in levels]
+    moments = [(*torch.var_mean(level, -1, correction=0, keepdim=True), level.shape[-1]) for level in wide]
+    channels = sum(width for *_, width in moments)
+    mean = torch.stack([mean * width for _, mean, width in moments]).sum(0) / channels
+    variance = torch.stack([(var + (own - mean).square()) * width for var, own, width in moments]).sum(0) / channels
+    scale = (variance + _NORM_EPS).rsqrt()
+    return [((x - mean) * scale).to(level.dtype) for x, level in zip(wide, levels, strict=True)]
+
+
+class LevelLinear(nn.Linear):
+    """A linear layer over all levels together. Of levels that are not joined it sums the products with their columns
+    of the weight, which is the same without a copy that holds them all."""
+
+    def forward(self, features: Features) -> Tensor:
+        """Features -> (B, H*W, out_features)."""
+        if isinstance(features, Tensor):
+            return super().forward(features)
+        weights = self.weight.split([level.shape[-1] for level in features], dim=1)
+        total = F.linear(features[0], weights[0], self.bias)
+        for level, weight in zip(features[1:], weights[1:], strict=True):
+            total = total + F.linear(level, weight)
+        return total
+
+
+class LevelStack(nn.Module):
+    """A linear layer for each level, the results one after the other on the axis of cells.
+
+    Args:
+        level_dims: c of each level.
+        out_dim: width of the results.
+    """
+
+    def __init__(self, level_dims: Sequence[int], out_dim: int) -> None:
+        super().__init__()
+        self.level_dims = tuple(level_dims)
+        self.levels = nn.ModuleList(nn.Linear(width, out_dim, bias=False) for width in level_dims)
+
+    def forward(self, features: Features) -> Tensor:
+        """Features -> (B, levels*H*W, out_dim)."""
+        parts = split_levels(features, self.level_dims)
+        return torch.cat([linear(part) for linear, part in zip(self.levels, parts, strict=True)], dim=1)
+
+
+def split_levels(features: Features, level_dims: Sequence[int]) -> Sequence[Tensor]:
+    """The levels, as views where they are joined."""
+    return features.split(list(level_dims), dim=-1) if isinstance(features, Tensor) else features
+
+
+def projected(module: nn.Module, features: Features) -> Tensor:
+    """``module`` of ``features``. A stranger in its place, a LoRA or quantised layer, knows joined levels only."""
+    if not isinstance(features, Tensor) and not isinstance(module, (LevelLinear, LevelStack)):
+        features = torch.cat(tuple(features), dim=-1)
+    result: Tensor = module(features)
+    return result
