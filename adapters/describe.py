@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -48,13 +49,21 @@ def describe_encoder(encoder: nn.Module) -> list[EncoderSpec]:
     orders = _orders(encoder)
     if not orders:
         patches = {"patch_embedding": _patch_embedding(encoder, layers)}
-        prefix = _prefix(encoder)
-        orders = [{"order": "raster", **prefix, **patches}]
-        if prefix == {"prefix_tokens": 1, "cls_token": 0}:
-            orders.append({"order": "raster", "cls_token": -1, **patches})
+        orders = [{"order": "raster", **_prefix(encoder), **patches}]
         if any(isinstance(module, nn.Conv2d) for module in block.modules()):
             orders.insert(0, {"order": "channels_first"})
     return [EncoderSpec(**described, **order) for order in orders]
+
+
+def conjectures(encoder: nn.Module) -> list[EncoderSpec]:
+    """Specs that an encoder may have, likeliest first, and some that are rare: for those who can try them.
+
+    Raises:
+        ValueError: as :func:`describe_encoder`.
+    """
+    specs = describe_encoder(encoder)
+    with_cls = [spec for spec in specs if spec.order == "raster" and (spec.prefix_tokens, spec.cls_token) == (1, 0)]
+    return [*specs, *(replace(spec, prefix_tokens=0, cls_token=-1) for spec in with_cls)]
 
 
 def _layers(encoder: nn.Module) -> str:

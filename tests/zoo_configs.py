@@ -1,8 +1,7 @@
-"""How the default configuration of each host is made small."""
+"""How the default configuration of each host is made small: numbers for all, and what some need of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 IMAGE_TOKEN = 190
@@ -36,6 +35,7 @@ TEXT: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+"""Numbers of a language model."""
 VISION: dict[str, Any] = {
     "hidden_size": 32,
     "embed_dim": 32,
@@ -49,6 +49,7 @@ VISION: dict[str, Any] = {
     "patch_size": 4,
     "out_hidden_size": WIDTH,
 }
+"""Numbers of a vision encoder."""
 
 
 def shrink(config: Any, table: dict[str, Any]) -> None:
@@ -65,6 +66,10 @@ def shrink(config: Any, table: dict[str, Any]) -> None:
         config.layer_types = list(config.layer_types)[: config.num_hidden_layers]
 
 
+def _each(model_types: tuple[str, ...], values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {model_type: dict(values) for model_type in model_types}
+
+
 def small_rope(text: Any) -> None:
     """Sections of a rotary embedding in three directions, for heads of 16."""
     rope = getattr(text, "rope_parameters", None) or {}
@@ -75,7 +80,67 @@ def small_rope(text: Any) -> None:
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _QWEN_VISION = {**VISION, "hidden_size": 32, "num_position_embeddings": 64}
 _MLA = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "kv_lora_rank": 16, "q_lora_rank": 16}
+_AUDIO = {
+    "audio_config.encoder_layers": 1,
+    "audio_config.encoder_attention_heads": 2,
+    "audio_config.encoder_ffn_dim": 32,
+    "audio_config.d_model": 32,
+    "audio_config.output_dim": WIDTH,
+}
 GIVEN: dict[str, dict[str, Any]] = {
+    "chameleon": {
+        **TEXT,
+        "vocabulary_map": {"<image>": IMAGE_TOKEN, "IMGIMGAZ": 10, "IMGIMGBZ": 11},
+        "vq_config": {"base_channels": 32, "num_embeddings": 16, "resolution": 32},
+    },
+    "emu3": {
+        "text_config": TEXT,
+        "vocabulary_map": {"<image>": IMAGE_TOKEN, "<|extra_200|>": 12, "<|visual token 000000|>": 10},
+        "vq_config": {"base_channels": 32, "codebook_size": 16},
+    },
+    "deepseek_ocr2": {
+        "text_config": {**TEXT, "num_experts_per_tok": 2, "mlp_layer_types": ["dense"] * 4},
+        "vision_config": {
+            "sam_config": {
+                **VISION,
+                "output_channels": 16,
+                "downsample_channels": [16, 32],
+                "mlp_dim": 48,
+                "scale": 8,
+                "image_size": 128,
+                "initializer_range": 0.02,
+            },
+            "encoder_config": {**TEXT, "hidden_size": 32},
+        },
+    },
+    "unlimited_ocr": {
+        "text_config": {**TEXT, "mlp_layer_types": ["dense"] * 4, "layer_types": ["full_attention"] * 4},
+        "vision_config": {
+            "sam_config": {
+                **VISION,
+                "output_channels": 16,
+                "downsample_channels": [16, 32],
+                "mlp_dim": 48,
+                "image_size": 128,
+                "initializer_range": 0.02,
+            },
+            "encoder_config": {**VISION},
+        },
+    },
+    "granite4_vision": {
+        "text_config": {**TEXT, "model_type": "granite"},
+        "vision_config": {**VISION, "hidden_size": 64, "model_type": "siglip_vision_model"},
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_vision_layer": -1,
+        "spatial_target_layers": [1],
+        "downsample_rate": "4/8",
+        "qformer_config": {
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "encoder_hidden_size": 32,
+        },
+    },
     "kimi_k25": {
         "text_config": {**TEXT, **_MLA, "head_dim": 8, "num_key_value_heads": 4},
         "vision_config": {**VISION, "pos_emb_height": 8, "pos_emb_width": 8},
@@ -245,129 +310,61 @@ GIVEN: dict[str, dict[str, Any]] = {
         "audio_config": {"hidden_sizes": [16, 16, 16, 16], "depths": [1, 1, 1, 1], "out_hidden_size": WIDTH},
     },
 }
-FIXES: dict[str, Callable[[Any], None]] = {}
+"""Arguments of the configuration, where its parts follow from one another; a part given here is not shrunk."""
 
-
-def _fix(*model_types: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    def add(function: Callable[[Any], None]) -> Callable[[Any], None]:
-        FIXES.update(dict.fromkeys(model_types, function))
-        return function
-
-    return add
-
-
-def _put(config: Any, **values: Any) -> None:
-    for name, value in values.items():
-        setattr(config, name, value)
-
-
-@_fix("aria")
-def _(config: Any) -> None:
-    config.projector_patch_to_query_dict = {64: 16}
-
-
-@_fix("gemma3", "shieldgemma2")
-def _(config: Any) -> None:
-    config.mm_tokens_per_image = 16
-
-
-@_fix("blip-2", "instructblip")
-def _(config: Any) -> None:
-    shrink(config.qformer_config, {**VISION, "num_hidden_layers": 2, "encoder_hidden_size": 32, "vocab_size": 200})
-    config.num_query_tokens = 8
-    _put(config.text_config, ffn_dim=64, word_embed_proj_dim=WIDTH)
-
-
-@_fix("internvl", "qianfan_ocr")
-def _(config: Any) -> None:
-    config.image_seq_length = 16
-
-
-@_fix("llama4")
-def _(config: Any) -> None:
-    width = {"vision_output_dim": WIDTH, "projector_input_dim": WIDTH, "projector_output_dim": WIDTH}
-    _put(config.vision_config, **width, pixel_shuffle_ratio=0.5, intermediate_size=128)
-
-
-@_fix("vipllava")
-def _(config: Any) -> None:
-    config.vision_feature_layers = [-2, -3]
-
-
-@_fix("idefics2")
-def _(config: Any) -> None:
-    sizes = {"resampler_n_latents": 8, "resampler_depth": 2, "resampler_n_heads": 4, "resampler_head_dim": 16}
-    shrink(config.perceiver_config, {"hidden_size": WIDTH, "num_key_value_heads": 2, **sizes})
-
-
-@_fix("mistral3", "lighton_ocr", "mistral_large4")
-def _(config: Any) -> None:
-    _put(config.vision_config, head_dim=8, image_size=128)
-
-
-@_fix("deepseek_vl_hybrid")
-def _(config: Any) -> None:
-    shrink(config.high_res_vision_config, {**VISION, "output_channels": 16, "image_size": 64})
-
-
-@_fix("janus")
-def _(config: Any) -> None:
-    config.vision_config.projection_dim = WIDTH
-    _put(config.vq_config, base_channels=32, projection_dim=WIDTH, image_token_embed_dim=WIDTH, num_embeddings=64)
-
-
-@_fix("kimi_k25")
-def _(config: Any) -> None:
-    config.projection_hidden_size = 32
-    config.text_config.qk_head_dim = 16
-
-
-@_fix("ovis2")
-def _(config: Any) -> None:
-    _put(config.vision_config, vocab_size=64, hidden_stride=2)
-    config.hidden_size = WIDTH
-
-
-@_fix("paligemma")
-def _(config: Any) -> None:
-    config.projection_dim = config.vision_config.projection_dim = WIDTH
-
-
-@_fix("qwen2_vl")
-def _(config: Any) -> None:
-    config.vision_config.hidden_size = WIDTH
-
-
-@_fix("ernie4_5_vl_moe")
-def _(config: Any) -> None:
-    text = config.text_config
-    text.rope_parameters = {**text.rope_parameters, "mrope_section": [2, 2, 4]}
-
-
-@_fix("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni")
-def _(config: Any) -> None:
-    config.vision_config.deepstack_visual_indexes = [1, 2]
-
-
-@_fix("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")
-def _(config: Any) -> None:
-    config.downsample_mode = "4x"
-
-
-@_fix("nemotron_h_omni")
-def _(config: Any) -> None:
-    _put(config, vision_hidden_size=32, projector_hidden_size=32)
-
-
-@_fix("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
-def _(config: Any) -> None:
-    audio = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "d_model": 32}
-    shrink(config.audio_config, {**audio, "output_dim": WIDTH, "downsample_hidden_size": 8})
-    config.vision_start_token_id = 160
-    if hasattr(config.vision_config, "deepstack_visual_indexes"):
-        config.vision_config.deepstack_visual_indexes = [1, 2]
-
-
-@_fix("got_ocr2", "pp_chart2table")
-def _(config: Any) -> None:
-    config.vision_config.initializer_range = 0.02  # so small by default that images do not matter
+OWN: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {64: 16}},
+    **_each(("gemma3", "shieldgemma2"), {"mm_tokens_per_image": 16}),
+    **_each(("internvl", "qianfan_ocr"), {"image_seq_length": 16}),
+    "llama4": {
+        "vision_config.vision_output_dim": WIDTH,
+        "vision_config.projector_input_dim": WIDTH,
+        "vision_config.projector_output_dim": WIDTH,
+        "vision_config.intermediate_size": 128,
+    },
+    "vipllava": {"vision_feature_layers": [-2, -3]},
+    "idefics2": {
+        "perceiver_config.hidden_size": WIDTH,
+        "perceiver_config.num_key_value_heads": 2,
+        "perceiver_config.resampler_n_latents": 8,
+        "perceiver_config.resampler_depth": 2,
+        "perceiver_config.resampler_n_heads": 4,
+        "perceiver_config.resampler_head_dim": 16,
+    },
+    **_each(
+        ("mistral3", "lighton_ocr", "mistral_large4"), {"vision_config.head_dim": 8, "vision_config.image_size": 128}
+    ),
+    "deepseek_vl_hybrid": {
+        **{f"high_res_vision_config.{name}": value for name, value in VISION.items()},
+        "high_res_vision_config.output_channels": 16,
+        "high_res_vision_config.image_size": 64,
+    },
+    "janus": {
+        "vision_config.projection_dim": WIDTH,
+        "vq_config.base_channels": 32,
+        "vq_config.projection_dim": WIDTH,
+        "vq_config.image_token_embed_dim": WIDTH,
+        "vq_config.num_embeddings": 64,
+    },
+    "kimi_k25": {"projection_hidden_size": 32},
+    "ovis2": {"vision_config.vocab_size": 64, "vision_config.hidden_stride": 2, "hidden_size": WIDTH},
+    "paligemma": {"projection_dim": WIDTH, "vision_config.projection_dim": WIDTH},
+    "qwen2_vl": {"vision_config.hidden_size": WIDTH},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [2, 2, 4]}},
+    **_each(("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni"), {"vision_config.deepstack_visual_indexes": [1, 2]}),
+    "qwen2_5_omni_thinker": {**_AUDIO, "vision_start_token_id": 160},
+    "qwen3_omni_moe_thinker": {
+        **_AUDIO,
+        "audio_config.downsample_hidden_size": 8,
+        "vision_start_token_id": 160,
+        "vision_config.deepstack_visual_indexes": [1, 2],
+    },
+    # The whole way to 16 cells per token has the encoder merge cells between its blocks.
+    **_each(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), {"downsample_mode": "4x"}),
+    "nemotron_h_omni": {"vision_hidden_size": 32, "projector_hidden_size": 32},
+    # So small by default that images do not matter.
+    **_each(("got_ocr2", "pp_chart2table"), {"vision_config.initializer_range": 0.02}),
+    **_each(("llava_next", "llava_next_video", "llava_onevision"), {"image_grid_pinpoints": [[32, 64], [64, 32]]}),
+    "granite4_vision": {"image_grid_pinpoints": [[32, 64], [64, 32]], "vision_feature_select_strategy": "full"},
+}
+"""Values by path, set on the shrunk default configuration."""
