@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vision_remember.adapters.encoding import Encoding
+from vision_remember.adapters.interception import MethodInterception
 from vision_remember.adapters.own_forward import OwnForward
 from vision_remember.adapters.resolve import HostParts
 from vision_remember.adapters.tokens import placeholders, text_positions
-from vision_remember.adapters.transport import FeatureInterception, rows_of, with_rows, without_rows
+from vision_remember.adapters.transport import rows_of, with_rows, without_rows
 from vision_remember.config import VisionRememberConfig
 from vision_remember.encoder import find_module, level_width
 from vision_remember.memory import Recall, VisionMemory
@@ -37,7 +38,10 @@ NAME = "vision_remember"
 SLOT = "_vision_remember"
 """Where a base keeps its attachment."""
 
-INTERCEPTION = FeatureInterception(SLOT)
+METHODS = {"get_image_features": "image", "get_video_features": "video"}
+"""The methods that encode, and what."""
+
+INTERCEPTION = MethodInterception(SLOT, METHODS)
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """The argument that holds raw pixels, by modality."""
@@ -124,10 +128,9 @@ class Attachment:
         recall = self._recall(base, kwargs)
         return ((), {**kwargs, NAME: recall}) if recall is not None else None
 
-    def encode_ahead(
-        self, base: nn.Module, method: Callable[..., Any], modality: str, *args: Any, **kwargs: Any
-    ) -> Any:
+    def __call__(self, base: nn.Module, method: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
         """An encoding method called by anyone but us: outside a forward pass the memory rides along in the output."""
+        modality = METHODS[name]
         if not self.enabled or self._encoding.running:
             return method(base, *args, **kwargs)
         if self._own_forward is not None:
@@ -152,7 +155,7 @@ class Attachment:
                 recalls.append(_recall_encoded(encoded[modality], placeholders(base, kwargs, token)))
                 encoded[modality] = without_rows(encoded[modality])
             elif kwargs.get(_PIXELS[modality]) is not None:
-                method = INTERCEPTION.original(base, modality)
+                method = INTERCEPTION.original(base, f"get_{modality}_features")
                 arguments = {name: kwargs[name] for name in inspect.signature(method).parameters if name in kwargs}
                 encoded[modality], known = self._encoding.run(base, method, modality, **arguments, return_dict=True)
                 places = placeholders(base, kwargs, token)

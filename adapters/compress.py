@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from vision_remember.adapters.attachment import find_attachment
-from vision_remember.adapters.processor import PlaceholderCount, count_placeholders
+from vision_remember.adapters.processor import PlaceholderCount, tokens_per_tile
 from vision_remember.adapters.resolve import HostParts, resolve
 from vision_remember.adapters.spec import MLLMSpec
+from vision_remember.adapters.token_grid import PatchSize, tile_side
 from vision_remember.encoder import find_module, level_width, scale_levels
 from vision_remember.grid import Grid
 from vision_remember.projectors import PROJECTORS, Matryoshka, Projector, build_projector
@@ -36,6 +37,7 @@ class CompressionHandle:
         self._own_layer = getattr(self._config, "vision_feature_layer", None)
         depth = len(list(find_module(parts.encoder, parts.encoder_spec.layers, "blocks").children()))
         self._layer = list(scale_levels(projector.encoder_levels, depth)) or self._own_layer
+        self._patch_size = None if parts.spec.plain else PatchSize(parts.base, self.token_grid)
         self._processor = processor
         self._count = None if processor is None else PlaceholderCount.read(processor)
 
@@ -44,6 +46,8 @@ class CompressionHandle:
         try:
             _replace(self._model, self._path, self.projector)
             self._config.vision_feature_layer = self._layer
+            if self._patch_size is not None:
+                self._patch_size.install()
             self._tell_processor()
         except BaseException:
             self._undo()
@@ -63,6 +67,8 @@ class CompressionHandle:
         if not isinstance(self.projector, Matryoshka):
             raise ValueError(f"{type(self.projector).__name__} has one token count; only 'matryoshka' has budgets")
         self._check_installed()
+        if self._patch_size is not None:
+            raise ValueError("budgets of tiled images are not followed; compress_projector again with another ratio")
         before = self.projector.budget
         count = None if self._count is None else PlaceholderCount.read(self._processor)
         self.projector.set_budget(tokens)
@@ -80,8 +86,11 @@ class CompressionHandle:
         if self._count is None:
             return
         tokens = self.projector.num_tokens(self._feature_grid)
-        PlaceholderCount.for_tokens(tokens, self._processor).write(self._processor)
-        made = count_placeholders(self._processor)
+        pixels = side = None
+        if self._patch_size is not None:
+            pixels, side = self._patch_size.pixels, self._patch_size.side
+        PlaceholderCount.for_tokens(self._processor, tokens, self.token_grid, pixels).write(self._processor)
+        made = tokens_per_tile(self._processor, side)
         if made != tokens:
             raise ValueError(f"the processor emits {made} image tokens, the projector {tokens}")
 
@@ -101,6 +110,8 @@ class CompressionHandle:
             raise RuntimeError("the projector was restored already, or replaced by another")
 
     def _undo(self) -> None:
+        if self._patch_size is not None:
+            self._patch_size.uninstall()
         _replace(self._model, self._path, self._original)
         self._config.vision_feature_layer = self._own_layer
         if self._count is not None:
@@ -156,7 +167,12 @@ def compress_projector(
         raise RuntimeError("the projector is compressed already; restore() it first")
     if processor is not None:
         _check_processor(parts, processor)
-    handle = CompressionHandle(parts, _build(parts, name, ratio, out_grid, options), processor)
+    projector = _build(parts, name, ratio, out_grid, options)
+    if projector.end_tokens and not parts.spec.plain:
+        raise ValueError(
+            f"end_tokens={projector.end_tokens}: {type(parts.model).__name__} stitches tiles, which end nowhere"
+        )
+    handle = CompressionHandle(parts, projector, processor)
     handle.install()
     return handle
 
@@ -164,8 +180,8 @@ def compress_projector(
 def _check_host(parts: HostParts) -> None:
     """Raises ValueError for a host whose projector does not take one tile's cells and return as many tokens."""
     name, geometry = type(parts.model).__name__, parts.spec.geometry
-    if not parts.spec.plain:
-        raise ValueError(f"{name} packs tiles of the encoder's own grid; it cannot be compressed yet")
+    if not parts.spec.plain and not PatchSize.needed(parts.base):
+        raise ValueError(f"{name} packs tiles in a way of its own; it cannot be compressed")
     if parts.projector is None or parts.feature_grid is None:
         raise ValueError(f"{name} has no projector of its own for images of one size; it cannot be compressed yet")
     if geometry is not None and geometry.cells != (1, 1):
@@ -209,12 +225,14 @@ def _level_width(parts: HostParts, *, joined: bool) -> int:
 
 def _check_processor(parts: HostParts, processor: Any) -> None:
     assert parts.feature_grid is not None
-    made = count_placeholders(processor)
+    side = None if parts.spec.plain else tile_side(parts.base)
+    made = tokens_per_tile(processor, side)
     expected = parts.feature_grid[0] * parts.feature_grid[1]
     if made != expected:
         raise ValueError(
-            f"{type(processor).__name__} emits {made} image tokens per image, but the model's projector makes "
-            f"{expected} ({parts.feature_grid[0]}x{parts.feature_grid[1]}): is it this model's processor?"
+            f"{type(processor).__name__} emits {made} image tokens per {'image' if side is None else 'tile'}, but the "
+            f"model's projector makes {expected} ({parts.feature_grid[0]}x{parts.feature_grid[1]}): is it this model's "
+            "processor?"
         )
 
 

@@ -61,8 +61,23 @@ class Encoding:
         outputs: AbstractContextManager[list[Tensor]] = (
             nullcontext([]) if self._spec.plain or projector is None else recorded_outputs(projector)
         )
-        with self._running.running(True), self._tap.record() as captured, outputs as projected:
-            output = method(base, *args, **kwargs)
+        with self._running.running(True):
+            with self._tap.record() as captured, outputs as projected:
+                output = method(base, *args, **kwargs)
+            return output, self._memories(base, method, modality, output, captured, projected, *args, **kwargs)
+
+    def _memories(
+        self,
+        base: nn.Module,
+        method: Callable[..., Any],
+        modality: str,
+        output: Any,
+        captured: Captured,
+        projected: list[Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[VisionMemory, ...]:
+        projector = self._projector()
         images = image_tokens(output)
         counts = [len(image) for image in images]
         groups = captured.groups
@@ -82,7 +97,7 @@ class Encoding:
             packing = trace_packing(base, method, recorded, grids[0], *args, **kwargs)
             slots, tiles, grids = packing.slots, packing.tiles, [packing.token_grid or grids[0]]
         sizes = [self._tiles(group, grid) for group, grid in zip(groups, grids, strict=True)]
-        return output, memories(sizes, spans(counts, tiles), slots)
+        return memories(sizes, spans(counts, tiles), slots)
 
     def _projector(self) -> nn.Module | None:
         path = self._spec.projector

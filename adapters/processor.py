@@ -7,19 +7,25 @@ from typing import Any
 
 import numpy as np
 
+from vision_remember.grid import Grid
+
+_ATTRIBUTES = ("patch_size", "num_additional_image_tokens", "num_image_tokens")
+
 
 @dataclass(frozen=True)
 class PlaceholderCount:
-    """The attributes by which a LLaVA processor counts: ``(height // patch_size) * (width // patch_size) +
-    num_additional_image_tokens``, less one with ``vision_feature_select_strategy == "default"``.
+    """The attributes by which a processor of the LLaVA family counts.
+
+    - LLaVA: ``(height // patch_size) * (width // patch_size) + num_additional_image_tokens``, less one with
+      ``vision_feature_select_strategy == "default"``;
+    - LLaVA-NeXT: the same for each tile, stitched, without padding, and newlines;
+    - LLaVA-OneVision: ``num_image_tokens`` for each tile, a square.
 
     Attributes:
-        patch_size: side of a patch in pixels.
-        num_additional_image_tokens: beside the patches.
+        values: of the attributes that the processor has.
     """
 
-    patch_size: int
-    num_additional_image_tokens: int
+    values: tuple[tuple[str, int], ...]
 
     @classmethod
     def read(cls, processor: Any) -> PlaceholderCount:
@@ -28,26 +34,36 @@ class PlaceholderCount:
         Raises:
             ValueError: it does not count like this.
         """
-        try:
-            return cls(processor.patch_size, processor.num_additional_image_tokens)
-        except AttributeError as error:
-            raise ValueError(f"{type(processor).__name__} is no LLaVA processor: {error}") from error
+        values = tuple((name, getattr(processor, name)) for name in _ATTRIBUTES if hasattr(processor, name))
+        if not values:
+            raise ValueError(f"{type(processor).__name__} is no LLaVA processor: it has no {' nor '.join(_ATTRIBUTES)}")
+        return cls(values)
 
     @classmethod
-    def for_tokens(cls, tokens: int, processor: Any) -> PlaceholderCount:
-        """Makes the processor emit ``tokens`` placeholders for its images, which are all of one size.
+    def for_tokens(cls, processor: Any, tokens: int, token_grid: Grid, patch_size: int | None) -> PlaceholderCount:
+        """Makes the processor emit ``tokens`` placeholders for an image or, where it cuts them up, for each tile.
 
-        The image counts as a single patch and all other tokens as additional ones: any number can be written so.
+        Args:
+            processor: whose count it is.
+            tokens: wanted.
+            token_grid: (h, w) of them.
+            patch_size: of which they would be the patches, in pixels, where images are cut up.
         """
+        if hasattr(processor, "num_image_tokens"):
+            return cls((("num_image_tokens", token_grid[0] * token_grid[1]),))
+        if patch_size is not None:
+            return cls((("patch_size", patch_size),))
+        # The image counts as a single patch and all other tokens as additional ones: any number can be written so.
         height, width = image_size(processor)
         side = max(height, width)
         dropped = 1 if processor.vision_feature_select_strategy == "default" else 0
-        return cls(side, tokens + dropped - (height // side) * (width // side))
+        more = tokens + dropped - (height // side) * (width // side)
+        return cls((("patch_size", side), ("num_additional_image_tokens", more)))
 
     def write(self, processor: Any) -> None:
         """Sets the attributes."""
-        processor.patch_size = self.patch_size
-        processor.num_additional_image_tokens = self.num_additional_image_tokens
+        for name, value in self.values:
+            setattr(processor, name, value)
 
 
 def image_size(processor: Any) -> tuple[int, int]:
@@ -57,12 +73,23 @@ def image_size(processor: Any) -> tuple[int, int]:
     return size["height"], size["width"]
 
 
-def count_placeholders(processor: Any) -> int:
-    """How many placeholders the processor emits for one image, by processing a black one.
+def tokens_per_tile(processor: Any, side: int | None) -> int:
+    """How many placeholders the processor emits for one tile.
+
+    Args:
+        processor: to ask.
+        side: of a tile in pixels, where images are cut up; None for one image, by processing a black one.
 
     Raises:
         ValueError: it cannot process an image.
     """
+    if side is None:
+        return _count_placeholders(processor)
+    count: int | None = getattr(processor, "num_image_tokens", None)
+    return (side // processor.patch_size) ** 2 if count is None else count
+
+
+def _count_placeholders(processor: Any) -> int:
     try:
         image = np.zeros((*image_size(processor), 3), dtype=np.uint8)
         token_id = processor.image_token_id

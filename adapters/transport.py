@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from vision_remember.adapters.tokens import image_tokens
 from vision_remember.memory import VisionMemory
-
-METHODS = {"image": "get_image_features", "video": "get_video_features"}
-"""The methods that encode, by modality."""
 
 
 class MemoryRows(Tensor):
@@ -100,55 +96,3 @@ def rows_of(output: Any) -> list[MemoryRows] | None:
 
 def _ours(rows: Any) -> bool:
     return isinstance(rows, list) and all(isinstance(row, MemoryRows) for row in rows)
-
-
-class FeatureInterception:
-    """Wraps the encoding methods of a class, for those of its instances that a handler was added for.
-
-    A method cannot be hooked, and replacing it on an instance would not follow copies of the model. The class's own
-    methods are put back when the last instance is released.
-    """
-
-    def __init__(self, slot: str) -> None:
-        self._slot = slot
-        self._instances: weakref.WeakKeyDictionary[type, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
-        self._originals: weakref.WeakKeyDictionary[type, dict[str, Callable[..., Any]]] = weakref.WeakKeyDictionary()
-
-    def add(self, base: nn.Module) -> None:
-        """From now on ``base``'s attribute ``slot`` handles its encoding."""
-        cls = type(base)
-        if cls not in self._originals:
-            self._instances[cls] = weakref.WeakSet()
-            self._originals[cls] = {m: getattr(cls, m) for m in METHODS.values() if callable(getattr(cls, m, None))}
-            for modality, method in METHODS.items():
-                if method in self._originals[cls]:
-                    setattr(cls, method, self._wrapper(self._originals[cls][method], modality))
-        self._instances[cls].add(base)
-
-    def release(self, base: nn.Module) -> None:
-        """The inverse of :meth:`add`; nothing happens if that was not called."""
-        cls = next((c for c in type(base).__mro__ if base in self._instances.get(c, ())), None)
-        if cls is None:
-            return
-        self._instances[cls].discard(base)
-        if not self._instances[cls]:
-            for method, original in self._originals.pop(cls).items():
-                delattr(cls, method)
-                if getattr(cls, method, None) is not original:
-                    setattr(cls, method, original)
-
-    def original(self, base: nn.Module, modality: str = "image") -> Callable[..., Any]:
-        """The encoding method as ``base``'s class has it by itself, not bound."""
-        return next(self._originals[c] for c in type(base).__mro__ if c in self._originals)[METHODS[modality]]
-
-    def _wrapper(self, original: Callable[..., Any], modality: str) -> Callable[..., Any]:
-        slot = self._slot
-
-        @functools.wraps(original)
-        def encode(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            handler = self.__dict__.get(slot)
-            if handler is None:
-                return original(self, *args, **kwargs)
-            return handler.encode_ahead(self, original, modality, *args, **kwargs)
-
-        return encode

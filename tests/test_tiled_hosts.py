@@ -17,7 +17,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from tests.fingerprint import Fingerprint
 from tests.hosts import DECODER_CONFIGS, ENCODER_CONFIGS, IMAGE_TOKEN, randomise, skip_if_the_host_fails
-from vision_remember import attach_vision_remember, compress_projector, detach_vision_remember
+from vision_remember import attach_vision_remember, detach_vision_remember
 from vision_remember.adapters.transport import rows_of
 from vision_remember.grid import region
 
@@ -305,14 +305,6 @@ def test_generate_equals_the_samples_one_by_one(host: str, options: dict[str, An
         single = {**common, "prefill_chunk_size": None}
         expected = model.generate(**alone, pixel_values=pixels[images], image_sizes=sizes[images], **single)
         assert torch.equal(together[row], expected[0, -5:])
-
-
-def test_compressing_it_is_refused() -> None:
-    model = build()
-    before = Fingerprint(model)
-    with pytest.raises(ValueError, match="cannot be compressed yet"):
-        compress_projector(model, None, "adaptive_avg_pool", ratio=4)
-    before.check(model)
 
 
 @every_host

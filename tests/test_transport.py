@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from vision_remember.adapters.transport import FeatureInterception, MemoryRows
+from vision_remember.adapters.interception import MethodInterception
+from vision_remember.adapters.transport import MemoryRows
 from vision_remember.memory import Span, VisionMemory
 
 SPANS = tuple(Span(range(4 * i, 4 * i + 4), range(i, i + 1)) for i in range(2))
@@ -60,22 +61,22 @@ class Derived(Base):
 
 
 class Handler:
-    def encode_ahead(self, base: Any, original: Any, modality: str, *args: Any, **kwargs: Any) -> Any:
-        assert modality == "image"
+    def __call__(self, base: Any, original: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        assert name == "get_image_features"
         return ("handled", original(base, *args, **kwargs))
 
 
 @pytest.mark.parametrize("cls", [Base, Derived])
 def test_the_method_is_wrapped_for_the_added_instances_and_put_back_after_the_last(cls: type[Base]) -> None:
     own = Base.__dict__["get_image_features"]
-    interception = FeatureInterception("_slot")
+    interception = MethodInterception("_slot", ["get_image_features", "get_video_features"])
     first, second, other = cls(), cls(), cls()
     for module in (first, second):
         interception.add(module)
         module._slot = Handler()
     assert first.get_image_features(3, scale=4) == ("handled", 12)
     assert other.get_image_features(3) == 6
-    assert interception.original(first)(first, 5) == 10
+    assert interception.original(first, "get_image_features")(first, 5) == 10
     assert list(inspect.signature(first.get_image_features).parameters) == ["pixels", "scale"]
     assert first.get_image_features.__doc__ == "Its own."
 
