@@ -17,9 +17,12 @@ def image_tokens(output: Any) -> Any:
         return output[-1]
     if output.pooler_output is not None:
         return output.pooler_output
-    # A host that adds its tokens in front of several layers has pairs of a layer and the tokens for it.
-    _, images = output.deepstack_features[0]
-    return images
+    if getattr(output, "deepstack_features", None):
+        # A host that adds its tokens in front of several layers has pairs of a layer and the tokens for it.
+        _, images = output.deepstack_features[0]
+        return images
+    # Some hosts project the tokens in their forward pass.
+    return output.last_hidden_state
 
 
 def text_positions(base: nn.Module, kwargs: dict[str, Any], token_ids: Iterable[int]) -> Tensor:

@@ -371,7 +371,7 @@ def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
+    return args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "hidden_state"]
 
 
 def _checked_source(
