@@ -77,6 +77,11 @@ class Encoding:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[VisionMemory, ...]:
+        if captured.empty:
+            raise ValueError(
+                f"{type(base).__name__} encodes {modality} by another module than the vision encoder "
+                f"{self._spec.encoder!r}; Vision Remember cannot follow it, run inside `with vr.disabled():`"
+            )
         projector = self._projector()
         images = image_tokens(output)
         counts = [len(image) for image in images]

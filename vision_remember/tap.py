@@ -64,6 +64,11 @@ class Captured:
     _patch_grid: Grid | None = None
 
     @property
+    def empty(self) -> bool:
+        """Whether the encoder has not run."""
+        return not self._features
+
+    @property
     def groups(self) -> list[CapturedGroup]:
         """The tiles by size."""
         missing = [level for level in self._levels if level not in self._features]
