@@ -8,8 +8,10 @@ from typing import Any
 from torch import nn
 
 from vision_remember.adapters.attachment import NAME, Attachment, feature_dim, find_attachment
+from vision_remember.adapters.devices import offloaded_placement
 from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.resolve import HostParts, block_placement, resolve
+from vision_remember.adapters.sharding import is_sharded
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.config import VisionRememberConfig
 from vision_remember.encoder import find_module, scale_levels
@@ -50,12 +52,14 @@ def attach_vision_remember(
 
     Raises:
         ValueError: an unknown host, layers or levels that it does not have, an unknown option, a model that is
-            compiled already or whose weights are not loaded. The model is then as it was.
+            compiled or sharded already, or whose weights are not loaded. The model is then as it was.
         RuntimeError: Vision Remember is attached already.
     """
     if find_attachment(model) is not None:
         raise RuntimeError("Vision Remember is attached to this model already; detach_vision_remember(model) first")
     _refuse_compiled(model)
+    if is_sharded(model):
+        raise ValueError("this model is sharded already, and the blocks would not be: attach, then fully_shard")
     chosen = {name: tuple(value) for name, value in (("layers", layers), ("levels", levels)) if value is not None}
     if config is None:
         config = VisionRememberConfig.from_preset(preset, **chosen, **overrides)
@@ -149,7 +153,7 @@ def _completed(config: VisionRememberConfig, parts: HostParts, tap: MultiLevelTa
 
 def _build_block(parts: HostParts, config: VisionRememberConfig, tap: MultiLevelTap, index: int) -> VisionRemember:
     layer = parts.layers[index]
-    device, dtype = block_placement(layer, parts.base)
+    device, dtype = offloaded_placement(layer, parts.base) or block_placement(layer, parts.base)
     width, levels = feature_dim(parts, tap), len(tap.levels)
     block = VisionRemember.from_config(config, parts.hidden_size, width, num_levels=levels).to(device, dtype)
     block.gradient_checkpointing = getattr(layer, "gradient_checkpointing", False)

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vision_remember.adapters.devices import execution_device
 from vision_remember.adapters.encoding import Encoding
+from vision_remember.adapters.idle_parameters import recall_nothing
 from vision_remember.adapters.interception import MethodInterception
 from vision_remember.adapters.own_forward import OwnForward
 from vision_remember.adapters.resolve import HostParts
@@ -28,7 +30,7 @@ from vision_remember.adapters.tokens import placeholders, text_positions
 from vision_remember.adapters.transport import rows_of, with_rows, without_rows
 from vision_remember.config import VisionRememberConfig
 from vision_remember.encoder import find_module, level_width
-from vision_remember.memory import Recall, VisionMemory
+from vision_remember.memory import Recall
 from vision_remember.remember import VisionRemember
 from vision_remember.tap import MultiLevelTap
 
@@ -123,8 +125,9 @@ class Attachment:
         """Hook: encodes what there is to encode and hands the memory to the decoder."""
         if not self.enabled:
             return None
-        if args:
-            kwargs = {**dict(zip(inspect.signature(base.forward).parameters, args, strict=False)), **kwargs}
+        # A dictionary of our own: torch.compile breaks its graph after a change of the caller's.
+        named = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) if args else {}
+        kwargs = {**named, **kwargs}
         recall = self._recall(base, kwargs)
         return ((), {**kwargs, NAME: recall}) if recall is not None else None
 
@@ -180,7 +183,9 @@ class Attachment:
         if not (self.enabled and module.training and torch.is_grad_enabled()):
             return None
         # Processes that train together must agree on which parameters take part in a step.
-        return VisionMemory.nothing(self._level_dims, next(p for p in module.parameters() if p.is_floating_point()))
+        path = self.spec.projector
+        projector = [] if path is None else [find_module(self.model, path, "projector")]
+        return recall_nothing(module, self._level_dims, [self.tap.encoder, *projector])
 
 
 def _recall_encoded(output: Any, places: Tensor) -> Recall:
@@ -206,10 +211,10 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     recall: Recall | None = kwargs.pop(NAME, None)
     if recall is None:
         return None
-    block = layer.get_submodule(NAME)
-    if args:
-        return (recall.through(block, args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": recall.through(block, kwargs["hidden_states"])}
+    block, device = layer.get_submodule(NAME), execution_device(layer)
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    remembered = recall.through(block, hidden if device is None else hidden.to(device))
+    return ((remembered, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": remembered})
 
 
 def feature_dim(parts: HostParts, tap: MultiLevelTap) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vision_remember.adapters.attachment import Attachment
 from vision_remember.adapters.model_card import model_card
 from vision_remember.adapters.resolve import HostParts, model_type_of, trained_copy
+from vision_remember.adapters.sharding import class_name, fill, is_sharded, whole
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.config import VisionRememberConfig
 from vision_remember.projectors import Projector, projector_name
@@ -58,7 +59,7 @@ def describe_base(parts: HostParts) -> dict[str, Any]:
     """The properties of a host that an adapter depends on."""
     config: Any = getattr(parts.model, "config", None)
     return {
-        "class": type(parts.model).__name__,
+        "class": class_name(parts.model),
         "encoder": model_type_of(parts.encoder),
         "feature_grid": list(parts.feature_grid) if parts.feature_grid else None,
         "decoder": model_type_of(parts.decoder),
@@ -69,7 +70,10 @@ def describe_base(parts: HostParts) -> dict[str, Any]:
 
 
 def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.PathLike[str]) -> None:
-    """Writes an adapter folder; files are written aside and then renamed, so that none is ever half there."""
+    """Writes an adapter folder; files are written aside and then renamed, so that none is ever half there.
+
+    Of processes that share a model in shards, all have to call this, and the first one writes.
+    """
     projector = None if parts.projector is None else trained_copy(parts.projector)
     swapped = {"name": projector_name(projector), **projector.options()} if isinstance(projector, Projector) else None
     description = {
@@ -81,10 +85,12 @@ def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.P
         "spec": attachment.spec.to_dict(),
     }
     tensors = {
-        f"{prefix}.{name}": tensor.detach().cpu().contiguous()
+        f"{prefix}.{name}": whole(tensor.detach()).cpu().contiguous()
         for prefix, module in adapter_modules(attachment, projector).items()
         for name, tensor in module.state_dict().items()
     }
+    if is_sharded(parts.model) and dist.get_rank() > 0:
+        return
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as aside:
@@ -161,9 +167,8 @@ def copy_weights(saved: SavedAdapter, modules: dict[str, nn.Module]) -> None:
     ]
     if problems:
         raise ValueError(f"the adapter's weights do not fit: {'; '.join(problems)}")
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(saved.tensors[name])
+    for name, target in targets.items():
+        fill(target, saved.tensors[name])
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

@@ -109,7 +109,8 @@ class Encoding:
     def _returned(self, captured: Captured, projected: Tensor) -> tuple[dict[str, Any], str]:
         """What the base's children returned, by attribute, and which of them is the projector."""
         assert self._spec.projector is not None
-        encoder, projector = (path.rpartition(".")[2] for path in (self._spec.encoder, self._spec.projector))
+        base = f"{self._spec.base}." if self._spec.base else ""
+        encoder, projector = (path.removeprefix(base) for path in (self._spec.encoder, self._spec.projector))
         return {encoder: captured.output, projector: projected}, projector
 
     def _tiles(self, group: CapturedGroup, token_grid: Grid) -> Tiles:

@@ -93,7 +93,8 @@ class VisionRememberHandle:
         """Writes an adapter folder: the blocks, the projector if it was swapped, configuration and model card.
 
         Args:
-            directory: made if missing; load it with :func:`vision_remember.load_vision_remember`.
+            directory: made if missing; load it with :func:`vision_remember.load_vision_remember`. Under FSDP2 all
+                processes have to call this, and the first one writes.
         """
         save_adapter(self._attachment, self._parts(), directory)
 

@@ -20,7 +20,7 @@ from vision_remember.adapters.checkpoint import (
 )
 from vision_remember.adapters.compress import compress_projector
 from vision_remember.adapters.handle import VisionRememberHandle
-from vision_remember.adapters.resolve import resolve
+from vision_remember.adapters.resolve import resolve, trained_copy
 
 
 def load_vision_remember(
@@ -71,6 +71,29 @@ def load_vision_remember(
         raise
     handle.compression = compression
     return handle
+
+
+def restore_vision_remember(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Puts the weights of an adapter folder into a model that has the same Vision Remember attached.
+
+    Args:
+        model: an attached model, perhaps inside a PEFT model, with the same projector as the adapter.
+        folder: as ``save_pretrained`` of the handle wrote it.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: a damaged adapter, or one of another base model, configuration or projector. Nothing changed then.
+        RuntimeError: nothing is attached.
+    """
+    attachment = find_attachment(model)
+    if attachment is None:
+        raise RuntimeError(f"no Vision Remember is attached to this {type(model).__name__}")
+    saved, parts = read_adapter(Path(folder)), resolve(model, attachment.spec)
+    check_base(saved, parts)
+    if saved.config != attachment.config:
+        raise ValueError(f"the adapter in {folder} has {saved.config}, but attached is {attachment.config}")
+    projector = None if parts.projector is None else trained_copy(parts.projector)
+    copy_weights(saved, adapter_modules(attachment, projector))
 
 
 def _folder(dir_or_repo: str | os.PathLike[str], revision: str | None) -> Path:

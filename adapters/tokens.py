@@ -15,8 +15,13 @@ def image_tokens(output: Any) -> Any:
         return output
     if isinstance(output, tuple):
         return output[-1]
-    # Some hosts project the tokens in their forward pass.
-    return output.last_hidden_state if output.pooler_output is None else output.pooler_output
+    if output.pooler_output is not None:
+        return output.pooler_output
+    if getattr(output, "deepstack_features", None):
+        # A host that adds its tokens in front of several layers has pairs of a layer and the tokens for it.
+        _, images = output.deepstack_features[0]
+        return images
+    return output.last_hidden_state  # the host projects in its forward pass
 
 
 def text_positions(base: nn.Module, kwargs: dict[str, Any], token_ids: Iterable[int]) -> Tensor:

@@ -71,6 +71,11 @@ def build_llava(decoder: str = "qwen2", encoder: str = "clip", *, seed: int = 0)
     return model
 
 
+def decoder_sizes() -> dict[str, Any]:
+    """The sizes of the small decoders, for a configuration."""
+    return dict(_DECODER)
+
+
 def image_side(model: hf.LlavaForConditionalGeneration) -> int:
     """Pixels per side of the model's images."""
     return model.config.vision_config.image_size

@@ -243,7 +243,7 @@ def test_one_version_everywhere(metadata: Message) -> None:
 def test_every_tool_is_pinned() -> None:
     """A tool or dependency that `make` installs has its version in the constraints."""
     extras = PYPROJECT["project"]["optional-dependencies"]
-    requirements = [*PYPROJECT["project"]["dependencies"], *extras["demo"], *extras["dev"]]
+    requirements = [*PYPROJECT["project"]["dependencies"], *extras["demo"], *extras["train"], *extras["dev"]]
     wanted = {re.split(r"[\[<>=;!~ ]", line, maxsplit=1)[0] for line in requirements}
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0] for line in pins if line and not line.startswith("#")}

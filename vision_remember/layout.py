@@ -17,7 +17,7 @@ from vision_remember.grid import Grid
 
 @dataclass(frozen=True)
 class VisionLayout:
-    """The vision tokens of one decoder call.
+    """The vision tokens of one decoder call, on any device: a host may spread its layers over several.
 
     Attributes:
         positions: (N,), indices into the flattened (B*S) positions.
@@ -36,10 +36,11 @@ class VisionLayout:
     def gather(self, hidden: Tensor) -> Tensor:
         """(B, S, D) -> (T, h*w, D); tokens that this call does not hold are zero."""
         h, w = self.token_grid
-        tokens = hidden.flatten(0, 1).index_select(0, self.positions)
+        tokens = hidden.flatten(0, 1).index_select(0, self.positions.to(hidden.device))
         if self.slots is not None:
             # One more for the positions that hold no vision token.
-            filled = tokens.new_zeros(self.tiles * h * w + 1, hidden.shape[-1]).index_copy(0, self.slots, tokens)
+            slots, filled = self.slots.to(hidden.device), tokens.new_zeros(self.tiles * h * w + 1, hidden.shape[-1])
+            filled = filled.index_copy(0, slots, tokens)
             tokens = filled[:-1]
         return tokens.reshape(self.tiles, h * w, hidden.shape[-1])
 
@@ -69,9 +70,10 @@ class VisionLayout:
     def scatter(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """(B, S, D) and (T, h*w, D) -> (B, S, D), the vision positions replaced, all others as they were."""
         flat, tokens = hidden.flatten(0, 1), tokens.flatten(0, 1)
+        positions = self.positions.to(hidden.device)
         if self.slots is not None:
-            count = len(tokens)
-            held = tokens.index_select(0, self.slots.clamp(max=count - 1))
-            tokens = held.where((self.slots < count)[:, None], flat.index_select(0, self.positions))
+            count, slots = len(tokens), self.slots.to(hidden.device)
+            held = tokens.index_select(0, slots.clamp(max=count - 1))
+            tokens = held.where((slots < count)[:, None], flat.index_select(0, positions))
         # Out of place: the hidden states may be a view or be needed by the backward pass.
-        return flat.index_copy(0, self.positions, tokens).view_as(hidden)
+        return flat.index_copy(0, positions, tokens).view_as(hidden)

@@ -59,7 +59,8 @@ class Interaction(nn.Module, Generic[P]):
 
     def _checked_levels(self, levels: Sequence[Tensor]) -> Sequence[Tensor]:
         widths = tuple(level.shape[2] for level in levels)
-        if widths != self.level_dims or len({level.shape[:2] for level in levels}) != 1:
+        # Sizes are compared, not collected in a set: those that torch.export leaves open have no hash.
+        if widths != self.level_dims or any(level.shape[:2] != levels[0].shape[:2] for level in levels):
             found = ", ".join(str(tuple(level.shape)) for level in levels)
             raise ValueError(
                 f"features [{found}]: expected one (B, H*W, c) per level, level_dims={list(self.level_dims)}"
@@ -104,7 +105,9 @@ class Interaction(nn.Module, Generic[P]):
         if tokens.shape[2] != self.query_dim:
             raise ValueError(f"tokens {tuple(tokens.shape)}: expected width query_dim={self.query_dim}")
         if are_features(features):
-            images = len(features if isinstance(features, Tensor) else features[0]) if len(features) else 0
+            # Not by len() of a tensor, which torch.export takes for a constant.
+            levels = [features] if isinstance(features, Tensor) else features
+            images = levels[0].shape[0] if levels else 0
             if images != tokens.shape[0]:
                 raise ValueError(f"{tokens.shape[0]} token grids, but features of {images} images")
             features = self.prepare(features, feature_grid=feature_grid, saliency=saliency)

@@ -50,7 +50,9 @@ def deformable_sample(values: Sequence[Tensor], locations: Tensor, weights: Tens
 def _check(values: Sequence[Tensor], locations: Tensor, weights: Tensor, grids: Sequence[Grid]) -> None:
     if not values or len(values) != len(grids):
         raise ValueError(f"{len(values)} levels of values and {len(grids)} grids: expected as many, at least one")
-    if values[0].ndim != 4 or len({(value.shape[0], value.shape[2:], value.dtype) for value in values}) > 1:
+    # Compared one by one, not as a set: sizes that torch.export leaves open have no hash.
+    kinds = [(value.shape[0], value.shape[2:], value.dtype) for value in values]
+    if values[0].ndim != 4 or any(kind != kinds[0] for kind in kinds):
         found = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in values)
         raise ValueError(f"values {found}: expected (B, H*W, heads, d), only H*W differing from level to level")
     for level, (value, grid) in enumerate(zip(values, grids, strict=True)):

@@ -1,0 +1,97 @@
+"""What the processes of test_distributed run; a module of its own, because each process imports it."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.hosts import batch, build_llava, randomise, set_checkpointing
+from vision_remember import attach_vision_remember, compress_projector
+from vision_remember.adapters.load import restore_vision_remember
+from vision_remember.adapters.sharding import whole
+
+PROCESSES = 2
+SECONDS = 60
+"""After which a collective that waits for the other process gives up."""
+
+# Images of each sample, by process. The second process has none in the second batch, and both have none in the third.
+BATCHES = {"images": ((1, 2), (2, 1)), "one rank text-only": ((1, 2), (0, 0)), "text-only": ((0, 0), (0, 0))}
+CHECKPOINTING: dict[str, bool | None] = {"no checkpointing": None, "non-reentrant": False, "reentrant": True}
+WAYS = ["DDP", "FSDP2", "FSDP2, block in a group of its own"]
+
+
+def model_and_handle(use_reentrant: bool | None, **phase: Any) -> tuple[Any, Any]:
+    model = build_llava().train()
+    compress_projector(model, None, "adaptive_avg_pool", ratio=4)
+    handle = attach_vision_remember(model, [1, 3])
+    randomise(handle)
+    handle.set_phase(2, **phase)
+    set_checkpointing(model, use_reentrant=use_reentrant)
+    return model, handle
+
+
+def loss(model: Any, images: tuple[int, ...], rank: int) -> torch.Tensor:
+    host = getattr(model, "module", model)
+    inputs = batch(host, images, seed=rank)
+    return model(**inputs, labels=inputs["input_ids"]).loss
+
+
+def distributed(way: str, model: Any) -> Any:
+    if way == "DDP":
+        return DistributedDataParallel(model)
+    for layer in model.model.language_model.layers:
+        if "own" in way and hasattr(layer, "vision_remember"):
+            fully_shard(layer.vision_remember)
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    host = getattr(model, "module", model)
+    return {name: whole(p.grad).clone() for name, p in host.named_parameters() if p.grad is not None}
+
+
+def work(rank: int, folder: str) -> None:
+    """Every way with every batch; the first process writes the gradients to ``folder``."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), PROCESSES)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=SECONDS))
+    for way in WAYS:
+        for mode, use_reentrant in CHECKPOINTING.items():
+            model = distributed(way, model_and_handle(use_reentrant)[0])
+            for name, images in BATCHES.items():
+                model.zero_grad()
+                loss(model, images[rank], rank).backward()
+                found = gradients(model)
+                if rank == 0:
+                    torch.save(found, Path(folder, file_of(way, mode, name)))
+    save_and_restore(Path(folder))
+    dist.destroy_process_group()
+
+
+def save_and_restore(folder: Path) -> None:
+    """Under FSDP2: an adapter folder is written, and read into the shards of another model."""
+    model, handle = model_and_handle(None)
+    distributed(WAYS[-1], model)
+    handle.save_pretrained(folder / "adapter")
+    dist.barrier()
+    other, fresh = model_and_handle(None)
+    with torch.no_grad():
+        for parameter in fresh.module.parameters():
+            parameter.zero_()
+    distributed(WAYS[-1], other)
+    restore_vision_remember(other, folder / "adapter")
+    for mine, read in zip(handle.module.parameters(), fresh.module.parameters(), strict=True):
+        assert torch.equal(whole(mine), whole(read))
+
+
+def file_of(way: str, mode: str, name: str) -> str:
+    return f"{way}; {mode}; {name}.pt"
