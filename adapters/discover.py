@@ -107,17 +107,23 @@ def _refuse_streams(decoder: nn.Module) -> None:
 
 
 def _geometry(model: nn.Module, base: Any, encoder: nn.Module) -> tuple[EncoderSpec, TokenGeometry]:
-    """The encoder's spec and the tokens' geometry: the first conjecture that holds when tried."""
+    """The encoder's spec and the tokens' geometry: the first conjecture that holds exactly, or else nearly."""
     known = known_encoder(encoder)
     failures: list[str] = []
+    nearly: list[tuple[EncoderSpec, TokenGeometry]] = []
     for spec in [known] if known else conjectures(encoder):
         for sample in _distinct(samples(base, base.get_image_features, encoder, spec)):
             try:
                 with torch.random.fork_rng():
                     found = find_geometry(encoder, spec, base.get_image_features, sample)
-                return spec, _summary(found)
+                agreed = spec, _summary(found)
+                if all(part.exact for part in found):
+                    return agreed
+                nearly.append(agreed)
             except (ValueError, RuntimeError, TypeError, IndexError, AttributeError, KeyError) as error:
                 failures.append(f"{spec.order}, {_shapes(sample)}: {type(error).__name__}: {error}")
+    if nearly:
+        return nearly[0]
     tried = "\n  ".join(failures) or "no form of image that its get_image_features takes is known"
     raise ValueError(
         f"{type(model).__name__}: could not find out which part of an image each token stands for. {_advice()}\n"

@@ -21,8 +21,7 @@ def image_tokens(output: Any) -> Any:
         # A host that adds its tokens in front of several layers has pairs of a layer and the tokens for it.
         _, images = output.deepstack_features[0]
         return images
-    # Some hosts project the tokens in their forward pass.
-    return output.last_hidden_state
+    return output.last_hidden_state  # the host projects in its forward pass
 
 
 def text_positions(base: nn.Module, kwargs: dict[str, Any], token_ids: Iterable[int]) -> Tensor:

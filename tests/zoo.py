@@ -37,7 +37,7 @@ REFUSED: dict[str, str] = {
     "molmo2": "asks for image_token_pooling, image_grids",
     "deepseek_ocr2": "a hidden state holds 512 positions, but the patch grid=64x64 has 4096",
     **dict.fromkeys(("hunyuan_vl", "unlimited_ocr"), "packs tokens in a way of its own"),
-    **dict.fromkeys(("inkling2",), "could not find out which part of an image each token stands for"),
+    "inkling2": "could not find out which part of an image each token stands for",
 }
 """Hosts that Vision Remember cannot be attached to, and what the error says."""
 REFUSED_WHEN_TRIED = ("deepseek_ocr2", "hunyuan_vl", "inkling2", "unlimited_ocr")

@@ -359,8 +359,8 @@ OWN: dict[str, dict[str, Any]] = {
         "vision_start_token_id": 160,
         "vision_config.deepstack_visual_indexes": [1, 2],
     },
-    # The whole way to 16 cells per token has the encoder merge cells between its blocks.
-    **_each(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), {"downsample_mode": "4x"}),
+    # By default these encoders merge cells between their blocks.
+    **_each(("minicpmv4_6", "minicpmv4_7"), {"downsample_mode": "4x"}),
     "nemotron_h_omni": {"vision_hidden_size": 32, "projector_hidden_size": 32},
     # So small by default that images do not matter.
     **_each(("got_ocr2", "pp_chart2table"), {"vision_config.initializer_range": 0.02}),
