@@ -4,6 +4,7 @@
 if __name__ != "vision_remember.adapters":
     raise ImportError(f"import this folder as vision_remember.adapters, not as {__name__!r}")
 
+from vision_remember.adapters.analysis import attention_density
 from vision_remember.adapters.attach import attach_vision_remember, detach_vision_remember
 from vision_remember.adapters.compress import CompressionHandle, compress_projector
 from vision_remember.adapters.decoders import DECODERS
@@ -22,6 +23,7 @@ __all__ = [
     "MLLMSpec",
     "VisionRememberHandle",
     "attach_vision_remember",
+    "attention_density",
     "compress_projector",
     "detach_vision_remember",
     "encoder_spec",

@@ -38,6 +38,7 @@ ARROWS = {
     "registry": GROUND,
     "encoder": GROUND,
     "memory": GROUND,
+    "analysis": GROUND | {"ops"},
     "ops": GROUND,
     "interactions": GROUND | {"ops"},
     "projectors": GROUND | {"ops"},

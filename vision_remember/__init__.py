@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vision_remember.adapters import (
         MLLMSpec,
         attach_vision_remember,
+        attention_density,
         compress_projector,
         detach_vision_remember,
         load_vision_remember,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 _FROM_ADAPTERS = (
     "MLLMSpec",
     "attach_vision_remember",
+    "attention_density",
     "compress_projector",
     "detach_vision_remember",
     "load_vision_remember",
@@ -46,6 +48,7 @@ __all__ = [
     "VisionRemember",
     "VisionRememberConfig",
     "attach_vision_remember",
+    "attention_density",
     "build_interaction",
     "build_projector",
     "cls_saliency",
