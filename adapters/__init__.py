@@ -12,6 +12,7 @@ from vision_remember.adapters.encoders import ENCODERS, encoder_spec
 from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.hosts import HOSTS
 from vision_remember.adapters.load import load_vision_remember
+from vision_remember.adapters.overlays import forgetting_curve, region_attention, saliency_map
 from vision_remember.adapters.spec import DecoderSpec, MLLMSpec
 
 __all__ = [
@@ -27,5 +28,8 @@ __all__ = [
     "compress_projector",
     "detach_vision_remember",
     "encoder_spec",
+    "forgetting_curve",
     "load_vision_remember",
+    "region_attention",
+    "saliency_map",
 ]

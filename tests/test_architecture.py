@@ -38,7 +38,7 @@ ARROWS = {
     "registry": GROUND,
     "encoder": GROUND,
     "memory": GROUND,
-    "analysis": GROUND | {"ops"},
+    "analysis": GROUND | {"memory"},
     "ops": GROUND,
     "interactions": GROUND | {"ops"},
     "projectors": GROUND | {"ops"},

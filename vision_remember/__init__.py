@@ -23,7 +23,10 @@ if TYPE_CHECKING:
         attention_density,
         compress_projector,
         detach_vision_remember,
+        forgetting_curve,
         load_vision_remember,
+        region_attention,
+        saliency_map,
     )
 
 __version__ = "0.1.0"
@@ -34,7 +37,10 @@ _FROM_ADAPTERS = (
     "attention_density",
     "compress_projector",
     "detach_vision_remember",
+    "forgetting_curve",
     "load_vision_remember",
+    "region_attention",
+    "saliency_map",
 )
 
 __all__ = [
@@ -54,8 +60,11 @@ __all__ = [
     "cls_saliency",
     "compress_projector",
     "detach_vision_remember",
+    "forgetting_curve",
     "load_vision_remember",
     "local_attention",
+    "region_attention",
+    "saliency_map",
 ]
 
 

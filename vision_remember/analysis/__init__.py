@@ -4,5 +4,17 @@ The functions that take a model stand at the top of the library, as ``vision_rem
 """
 
 from vision_remember.analysis.attention_density import AttentionDensity, TokenGroups, density, token_groups
+from vision_remember.analysis.forgetting import ForgettingCurve, linear_probe
+from vision_remember.analysis.overlays import RegionAttention, SaliencyMap, saliency_maps
 
-__all__ = ["AttentionDensity", "TokenGroups", "density", "token_groups"]
+__all__ = [
+    "AttentionDensity",
+    "ForgettingCurve",
+    "RegionAttention",
+    "SaliencyMap",
+    "TokenGroups",
+    "density",
+    "linear_probe",
+    "saliency_maps",
+    "token_groups",
+]
