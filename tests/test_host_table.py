@@ -37,6 +37,11 @@ def test_every_class_has_its_row() -> None:
     assert all(f"`{CLASSES[name]}`" in PAGE for name in NEEDS_TIMM)
 
 
+def test_the_readme_lists_the_same_hosts() -> None:
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert SCRIPT["updated"](readme, SCRIPT["readme_list"]()) == readme
+
+
 def test_no_supported_host_fails_a_check() -> None:
     assert "all but" not in PAGE
 
