@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from vision_remember.adapters.encoders import known_encoder
 from vision_remember.adapters.sample import samples
 from vision_remember.adapters.self_test import Geometry, find_geometry
 from vision_remember.adapters.spec import DecoderSpec, MLLMSpec, TokenGeometry
+from vision_remember.adapters.tokens import wants_tuple
 from vision_remember.encoder import EncoderSpec
 
 _PROJECTORS = (
@@ -80,11 +82,14 @@ def _geometry(model: nn.Module, base: Any, encoder: nn.Module) -> tuple[EncoderS
     """The encoder's spec and the tokens' geometry: the first conjecture that holds when tried."""
     known = known_encoder(encoder)
     failures: list[str] = []
+    encode = base.get_image_features
+    if wants_tuple(base):
+        encode = functools.partial(encode, return_dict=True)
     for spec in [known] if known else describe_encoder(encoder):
         for sample in _distinct(samples(base, base.get_image_features, encoder, spec)):
             try:
                 with torch.random.fork_rng():
-                    found = find_geometry(encoder, spec, base.get_image_features, sample)
+                    found = find_geometry(encoder, spec, encode, sample)
                 return spec, _summary(found)
             except (ValueError, RuntimeError, TypeError, IndexError, AttributeError, KeyError) as error:
                 failures.append(f"{spec.order}, {_shapes(sample)}: {type(error).__name__}: {error}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.encoders import GRID, PATCH, PREFIX, SIZES, build, captured, every_encoder, hf, hooks, images
+from tests.hosts import set_checkpointing
 from vision_remember import MultiLevelTap
 from vision_remember.encoder import EncoderSpec
 
@@ -77,7 +78,7 @@ def test_activation_checkpointing_of_the_encoder_changes_nothing(name: str, use_
         return [result.joined(), result.saliency, *(p.grad for p in encoder.parameters() if p.grad is not None)]
 
     expected = gradients()
-    encoder.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    set_checkpointing(encoder, use_reentrant=use_reentrant)
     torch.testing.assert_close(gradients(), expected)
 
 
