@@ -1,4 +1,4 @@
-"""The versions that the test suite runs with, and a warning outside of them."""
+"""The versions that are supported, and a warning outside of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Window:
-    """Tested versions of a library.
+    """Supported versions of a library.
 
     Attributes:
         name: of its distribution.
@@ -33,12 +33,12 @@ WINDOWS = (Window("transformers", "5.20.2", "5.23.0"), Window("torch", "2.6", "2
 
 @functools.cache
 def warn_outside_the_windows() -> None:
-    """Warns, the first time, of installed versions that the suite does not run with; blames who called the caller."""
+    """Warns, the first time, of installed versions outside; blames who called the caller."""
     for window in WINDOWS:
         version = importlib.metadata.version(window.name)
         if not window.holds(version):
             warnings.warn(
-                f"vision-remember is tested with {window.name} {window.oldest} to {window.newest}, and this is "
+                f"vision-remember supports {window.name} {window.oldest} to {window.newest}, and this is "
                 f"{version}: install one of those if anything goes wrong",
                 stacklevel=3,
             )

@@ -96,6 +96,6 @@ def test_who_turns_the_warning_into_an_error_keeps_the_host_as_it_was(installed:
     before = Fingerprint(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="tested with transformers"):
+        with pytest.raises(UserWarning, match="supports transformers"):
             attach_vision_remember(model, [1])
     before.check(model)

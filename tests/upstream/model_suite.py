@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.upstream.attaching import attached_at_birth
 from tests.upstream.hosts import ModelTester
-from tests.upstream.outcomes import Outcome, run_all
+from tests.upstream.outcomes import Outcomes, run_all
 from tests.upstream.reviewed import LEFT_OUT
 from tests.upstream.sdist import fetch, import_tests
 
@@ -30,7 +30,7 @@ def model_tests() -> type[Any]:
     return module.ModelTesterMixin
 
 
-def run_model_tests(mixin: type[Any], host: str, *, attached: bool) -> dict[str, Outcome]:
+def run_model_tests(mixin: type[Any], host: str, *, attached: bool) -> Outcomes:
     """The outcomes of all tests on one host."""
     tester = ModelTester(host)
     model_class = tester.host.model_class

@@ -27,7 +27,11 @@ class Outcome:
     why: str = ""
 
 
-def run_all(case: type[unittest.TestCase], names: Iterable[str]) -> dict[str, Outcome]:
+Outcomes = dict[str, Outcome]
+"""By the test's name."""
+
+
+def run_all(case: type[unittest.TestCase], names: Iterable[str]) -> Outcomes:
     """The outcomes of a case's tests by name, each from the same seed."""
     return {name: _run(case(name)) for name in names}
 

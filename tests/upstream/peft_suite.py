@@ -16,7 +16,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig
 
 from tests.upstream.attaching import attached_at_birth
 from tests.upstream.hosts import ModelTester
-from tests.upstream.outcomes import Outcome, run_all
+from tests.upstream.outcomes import Outcomes, run_all
 from tests.upstream.sdist import fetch, import_tests
 
 _ATTENTION = ["q_proj", "v_proj"]
@@ -33,7 +33,7 @@ def peft_tests() -> type[Any]:
     return import_tests(fetch("peft"), "peft_tests", "testing_common", {"diffusers": _PIPELINE}).PeftCommonTester
 
 
-def run_peft_tests(common: type[Any], host: str, *, attached: bool) -> dict[str, Outcome]:
+def run_peft_tests(common: type[Any], host: str, *, attached: bool) -> Outcomes:
     """The outcomes of all tests that take a model and a configuration, for each kind of adapter."""
     tester = ModelTester(host)
     model_class = tester.host.model_class

@@ -21,32 +21,17 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM
 
 from transformers.utils import logging
 
+from tests.upstream.compare import problems, stale
 from tests.upstream.hosts import HOSTS
 from tests.upstream.model_suite import model_tests, run_model_tests
-from tests.upstream.outcomes import Outcome
+from tests.upstream.outcomes import Outcomes
 from tests.upstream.peft_suite import peft_tests, run_peft_tests
-from tests.upstream.reviewed import DIFFERENCES, FAIL_ALONE, LEFT_OUT
+from tests.upstream.reviewed import DIFFERENCES, LEFT_OUT
 
 _PEFT_HOSTS = ("llava", "internvl", "qwen3_vl")
 """One that packs nothing, one with tokens shuffled together, one with windows of its own: enough for PEFT."""
 
 _CLASS = re.compile(r"<class '[^']+'>|\b\w+ForConditionalGeneration\b")
-Outcomes = dict[str, Outcome]
-
-
-def problems(host: str, plain: Outcomes, attached: Outcomes) -> list[str]:
-    """Everything about a host that ``reviewed.py`` does not explain, and what it explains in vain."""
-    found = []
-    alone = FAIL_ALONE.get(host, {})
-    for name, before in plain.items():
-        after = attached[name]
-        if (before.status == "failed") != (name in alone):
-            listed = "listed" if name in alone else "not listed"
-            found.append(f"{name}: {before.status} on the plain host, {listed}: {before.why}")
-        if (before.status != after.status) != (name in DIFFERENCES):
-            listed = "listed" if name in DIFFERENCES else "not listed"
-            found.append(f"{name}: {before.status} -> {after.status}, {listed}: {after.why}")
-    return found
 
 
 def counts(outcomes: Outcomes) -> str:
@@ -86,13 +71,6 @@ def main(hosts: list[str]) -> int:
     if unexplained:
         print("\nUnexplained:", *unexplained, sep="\n  ")
     return int(bool(unexplained))
-
-
-def stale(hosts: list[str], plains: list[Outcomes]) -> list[str]:
-    """Names in ``reviewed.py`` that no test has."""
-    known = {name for plain in plains for name in plain}
-    listed = {*DIFFERENCES, *(name for host in hosts for name in FAIL_ALONE.get(host, {}))}
-    return [f"{name}: listed, but there is no such test" for name in sorted(listed - known)]
 
 
 if __name__ == "__main__":
