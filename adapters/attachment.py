@@ -157,7 +157,6 @@ class Attachment:
         """The memory of a call and its layout. Encodes raw pixels, which it replaces in ``kwargs`` by the result."""
         encoded = dict(kwargs.get("mm_encoder_outputs") or {})
         recalls: list[Recall] = []
-        used: set[str] = set()
         for modality, token in self._token_ids.items():
             if encoded.get(modality) is not None:
                 recalls.append(_recall_encoded(encoded[modality], placeholders(base, kwargs, token)))
@@ -165,13 +164,13 @@ class Attachment:
             elif kwargs.get(_PIXELS[modality]) is not None:
                 method = INTERCEPTION.original(base, f"get_{modality}_features")
                 arguments = {name: kwargs[name] for name in inspect.signature(method).parameters if name in kwargs}
-                used.update(arguments)
                 encoded[modality], known = self._encoding.run(base, method, modality, **arguments, return_dict=True)
                 places = placeholders(base, kwargs, token)
                 recalls += [memory.recall_images(range(len(memory.spans)), places) for memory in known]
-        # Only now: modalities may share arguments.
-        for name in used:
-            kwargs.pop(name)
+        # Only now: modalities may share arguments. The rest stays, as positions may follow from the images' sizes.
+        for modality in self._token_ids:
+            if encoded.get(modality) is not None and _PIXELS[modality] in kwargs:
+                kwargs[_PIXELS[modality]] = None
         if recalls:
             kwargs["mm_encoder_outputs"] = encoded
             return Recall.joined(recalls, self._text(base, kwargs))

@@ -69,19 +69,27 @@ def describe_base(parts: HostParts) -> dict[str, Any]:
     }
 
 
+def describe_projector(projector: nn.Module | None) -> dict[str, Any] | None:
+    """Name and options of a projector of ours; None for any other."""
+    if not isinstance(projector, Projector):
+        return None
+    # As they come back from a file.
+    described: dict[str, Any] = json.loads(json.dumps({"name": projector_name(projector), **projector.options()}))
+    return described
+
+
 def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.PathLike[str]) -> None:
     """Writes an adapter folder; files are written aside and then renamed, so that none is ever half there.
 
     Of processes that share a model in shards, all have to call this, and the first one writes.
     """
     projector = None if parts.projector is None else trained_copy(parts.projector)
-    swapped = {"name": projector_name(projector), **projector.options()} if isinstance(projector, Projector) else None
     description = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
         "base": describe_base(parts),
         "config": attachment.config.to_dict(),
-        "projector": swapped,
+        "projector": describe_projector(projector),
         "spec": attachment.spec.to_dict(),
     }
     tensors = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,7 @@ _KEYS = ("k_proj", "key", "k", "wk", "to_k")
 _FUSED = ("qkv", "qkv_proj", "wqkv", "Wqkv", "query_key_value")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads", "config.num_attention_heads", "config.num_heads")
 _MERGES = ("spatial_merge_size", "config.spatial_merge_size", "merge_size", "config.merge_size")
-_SIZES = ("grid_thw", "image_grid_thw", "spatial_shapes", "target_sizes", "image_sizes")
+_SIZES = ("grid_thw", "image_grid_thw", "image_grid_hw", "target_sizes", "spatial_shapes", "pixel_position_ids")
 _IMAGES = ("config.image_size", "patch_embed.img_size", "timm_model.patch_embed.img_size", "image_size")
 _PATCHES = ("patch_size", "config.patch_size")
 
@@ -52,6 +53,17 @@ def describe_encoder(encoder: nn.Module) -> list[EncoderSpec]:
         if any(isinstance(module, nn.Conv2d) for module in block.modules()):
             orders.insert(0, {"order": "channels_first"})
     return [EncoderSpec(**described, **order) for order in orders]
+
+
+def conjectures(encoder: nn.Module) -> list[EncoderSpec]:
+    """Specs that an encoder may have, likeliest first, and some that are rare: for those who can try them.
+
+    Raises:
+        ValueError: as :func:`describe_encoder`.
+    """
+    specs = describe_encoder(encoder)
+    with_cls = [spec for spec in specs if spec.order == "raster" and (spec.prefix_tokens, spec.cls_token) == (1, 0)]
+    return [*specs, *(replace(spec, prefix_tokens=0, cls_token=-1) for spec in with_cls)]
 
 
 def _layers(encoder: nn.Module) -> str:
@@ -96,8 +108,8 @@ def _attention(block: nn.Module) -> dict[str, str] | None:
 def _orders(encoder: nn.Module) -> list[dict[str, Any]]:
     """The orders that an encoder for images of any size may have; none for one that takes images of one size."""
     arguments = inspect.signature(type(encoder).forward).parameters
-    sizes = next((name for name in _SIZES if name in arguments), None)
-    if sizes == "spatial_shapes":
+    sizes = next((name for name in (*_SIZES, "image_sizes") if name in arguments), None)
+    if sizes in ("spatial_shapes", "pixel_position_ids"):
         return [{"order": "padded", "sizes": sizes}]
     if sizes == "image_sizes":
         unit = next((path for path in _PATCHES if _has_numbers(encoder, path)), None)
@@ -109,7 +121,8 @@ def _orders(encoder: nn.Module) -> list[dict[str, Any]]:
     blocks = {"order": "blocks", "sizes": sizes, "merge": merge}
     if _has_numbers(encoder, "window_size") and _has_numbers(encoder, "patch_size"):
         orders.append({**blocks, "order": "windows", "window_size": "window_size", "patch_size": "patch_size"})
-    return [*orders, blocks, {"order": "packed", "sizes": sizes}]
+    prefix = {"prefix_tokens": _prefix(encoder)["prefix_tokens"]}
+    return [{**order, **prefix} for order in (*orders, blocks, {"order": "packed", "sizes": sizes})]
 
 
 def _prefix(encoder: nn.Module) -> dict[str, Any]:

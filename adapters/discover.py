@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vision_remember.adapters.describe import describe_encoder
+from vision_remember.adapters.describe import conjectures
 from vision_remember.adapters.encoders import known_encoder
 from vision_remember.adapters.sample import samples
 from vision_remember.adapters.self_test import Geometry, find_geometry
@@ -36,12 +36,22 @@ def discover(model: nn.Module) -> MLLMSpec:
     base: Any = getattr(model, "base_model", None)
     if not isinstance(base, nn.Module) or not callable(getattr(base, "get_image_features", None)):
         raise ValueError(
-            f"{name} has no get_image_features on its base model: images reach the language model in another way than "
-            f"as tokens of its sequence. {_advice()}"
+            f"{name} has no get_image_features on its base model, which would make image tokens of pixels: "
+            f"{_other_way(model)}. {_advice()}"
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder-decoder: the layers of its decoder hold no image tokens, they look at the encoder's"
+        )
+    if base is model and "generate" in vars(type(model)):
+        raise ValueError(
+            f"{name} has a generate() of its own, which encodes images and runs the language model without the forward "
+            "pass that carries the memory"
         )
     encoder = _accessor(model, "encoder")
     decoder = _accessor(model, "decoder")
     layers = _layers(decoder)
+    _refuse_streams(decoder)
     encoder_spec, geometry = _geometry(model, base, encoder)
     return MLLMSpec(
         name=getattr(getattr(model, "config", None), "model_type", name),
@@ -56,6 +66,16 @@ def discover(model: nn.Module) -> MLLMSpec:
             model_type=getattr(getattr(decoder, "config", None), "model_type", type(decoder).__name__), layers=layers
         ),
     )
+
+
+def _other_way(model: nn.Module) -> str:
+    """How images may reach the language model of a host that makes no image tokens."""
+    crossing = next((n for n in (type(m).__name__ for m in model.modules()) if "crossattention" in n.lower()), None)
+    if crossing is not None:
+        return f"its language model looks at images by cross-attention ({crossing})"
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "it is an encoder-decoder, whose decoder looks at images by cross-attention"
+    return "if it takes images, they reach the language model by code of its own"
 
 
 def _accessor(model: Any, which: str) -> nn.Module:
@@ -78,21 +98,37 @@ def _layers(decoder: nn.Module) -> str:
     raise ValueError(f"{type(decoder).__name__} has no list of decoder layers. {_advice()}")
 
 
+def _refuse_streams(decoder: nn.Module) -> None:
+    for name in ("hc_mult", "hc_count"):
+        streams = getattr(getattr(decoder, "config", None), name, 1)
+        if streams > 1:
+            raise ValueError(
+                f"the layers of {type(decoder).__name__} hand on {streams} streams of hidden states (config.{name}); "
+                "a block refines one"
+            )
+
+
 def _geometry(model: nn.Module, base: Any, encoder: nn.Module) -> tuple[EncoderSpec, TokenGeometry]:
-    """The encoder's spec and the tokens' geometry: the first conjecture that holds when tried."""
+    """The encoder's spec and the tokens' geometry: the first conjecture that holds exactly, or else nearly."""
     known = known_encoder(encoder)
     failures: list[str] = []
     encode = base.get_image_features
     if wants_tuple(base):
         encode = functools.partial(encode, return_dict=True)
-    for spec in [known] if known else describe_encoder(encoder):
+    nearly: list[tuple[EncoderSpec, TokenGeometry]] = []
+    for spec in [known] if known else conjectures(encoder):
         for sample in _distinct(samples(base, base.get_image_features, encoder, spec)):
             try:
                 with torch.random.fork_rng():
                     found = find_geometry(encoder, spec, encode, sample)
-                return spec, _summary(found)
+                agreed = spec, _summary(found)
+                if all(part.exact for part in found):
+                    return agreed
+                nearly.append(agreed)
             except (ValueError, RuntimeError, TypeError, IndexError, AttributeError, KeyError) as error:
                 failures.append(f"{spec.order}, {_shapes(sample)}: {type(error).__name__}: {error}")
+    if nearly:
+        return nearly[0]
     tried = "\n  ".join(failures) or "no form of image that its get_image_features takes is known"
     raise ValueError(
         f"{type(model).__name__}: could not find out which part of an image each token stands for. {_advice()}\n"

@@ -14,10 +14,11 @@ from vision_remember.adapters.packing import recorded_outputs, trace_packing
 from vision_remember.adapters.resolve import projected_grid
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.adapters.tokens import image_tokens
+from vision_remember.captured import Captured, CapturedGroup
 from vision_remember.encoder import find_module
 from vision_remember.grid import Grid, token_grid_over
 from vision_remember.memory import Tiles, VisionMemory, memories, spans
-from vision_remember.tap import Captured, CapturedGroup, MultiLevelTap
+from vision_remember.tap import MultiLevelTap
 from vision_remember.threads import RunStack
 
 
@@ -77,6 +78,11 @@ class Encoding:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[VisionMemory, ...]:
+        if captured.empty:
+            raise ValueError(
+                f"{type(base).__name__} encodes {modality} by another module than the vision encoder "
+                f"{self._spec.encoder!r}; Vision Remember cannot follow it, run inside `with vr.disabled():`"
+            )
         projector = self._projector()
         images = image_tokens(output)
         counts = [len(image) for image in images]
@@ -109,7 +115,8 @@ class Encoding:
     def _returned(self, captured: Captured, projected: Tensor) -> tuple[dict[str, Any], str]:
         """What the base's children returned, by attribute, and which of them is the projector."""
         assert self._spec.projector is not None
-        encoder, projector = (path.rpartition(".")[2] for path in (self._spec.encoder, self._spec.projector))
+        base = f"{self._spec.base}." if self._spec.base else ""
+        encoder, projector = (path.removeprefix(base) for path in (self._spec.encoder, self._spec.projector))
         return {encoder: captured.output, projector: projected}, projector
 
     def _tiles(self, group: CapturedGroup, token_grid: Grid) -> Tiles:

@@ -3,6 +3,7 @@
 All others are found out when attached.
 """
 
+from vision_remember.adapters.granite4_vision import GRANITE4_VISION
 from vision_remember.adapters.llava import LLAVA
 from vision_remember.adapters.llava_next import LLAVA_NEXT
 from vision_remember.adapters.llava_next_video import LLAVA_NEXT_VIDEO
@@ -11,5 +12,5 @@ from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.registry import Registry
 
 HOSTS: Registry[MLLMSpec] = Registry(
-    "host", {spec.name: spec for spec in (LLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION)}
+    "host", {spec.name: spec for spec in (GRANITE4_VISION, LLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION)}
 )

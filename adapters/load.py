@@ -16,6 +16,7 @@ from vision_remember.adapters.checkpoint import (
     adapter_modules,
     check_base,
     copy_weights,
+    describe_projector,
     read_adapter,
 )
 from vision_remember.adapters.compress import compress_projector
@@ -49,15 +50,19 @@ def load_vision_remember(
     if find_attachment(model) is not None:
         raise RuntimeError("Vision Remember is attached to this model already; detach_vision_remember(model) first")
     saved = read_adapter(_folder(dir_or_repo, revision))
-    check_base(saved, resolve(model, saved.spec))
-    if saved.projector is not None and processor is None:
+    parts = resolve(model, saved.spec)
+    check_base(saved, parts)
+    # A model of one's own may be built with the adapter's projector: only its weights are missing.
+    swaps = saved.projector is not None and saved.projector != describe_projector(parts.projector)
+    if swaps and processor is None:
+        name = (saved.projector or {}).get("name")
         raise ValueError(
-            f"the adapter swaps the projector for {saved.projector.get('name')!r}: pass the model's processor too, so "
-            "that it emits as many image tokens"
+            f"the adapter swaps the projector for {name!r}: pass the model's processor too, so that it emits as many "
+            "image tokens"
         )
     compression = None
-    if saved.projector is not None:
-        compression = compress_projector(model, processor, spec=saved.spec, **saved.projector)
+    if swaps:
+        compression = compress_projector(model, processor, spec=saved.spec, **(saved.projector or {}))
     try:
         handle = attach_vision_remember(model, config=saved.config, spec=saved.spec)
         try:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vision_remember.adapters.tokens import image_tokens
 from vision_remember.grid import Grid
 
 _NOWHERE = -1
@@ -102,15 +103,19 @@ def _packed(
     returned, projector = recorded
     stand_in = _StandIn(base)
     for name, value in {**returned, projector: traces}.items():
-        setattr(stand_in, name, _Returning(value, getattr(base, name)))
+        owner, _, _ = name.partition(".")
+        module = getattr(base, owner)
+        if owner == name:
+            setattr(stand_in, name, _Returning(value, module))
+        else:
+            _replace_lists(stand_in, base, base.get_submodule(name), value)
     width = returned[projector].shape[-1]
     for name, parameter in base.named_parameters(recurse=False):
         if parameter.shape == (width,):  # put between tokens, as long as a token: a newline
             setattr(stand_in, name, traces.new_full((traces.shape[-1],), _NOWHERE))
     with torch.no_grad():
         output = method(stand_in, *args, **kwargs)
-    images = output[-1] if isinstance(output, tuple) else output.pooler_output
-    return [image.cpu() for image in images]
+    return [image.cpu() for image in image_tokens(output)]
 
 
 def _blended(packed: Callable[[Tensor], list[Tensor]], projected: Tensor, token_grid: Grid) -> Packing:
@@ -165,6 +170,13 @@ def _tiles_per_image(owners: list[Tensor], tiles: int) -> list[int]:
     """
     stops = [int(image.max()) + 1 for image in owners[:-1]] + [tiles]
     return [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def _replace_lists(stand_in: Any, base: nn.Module, projector: nn.Module, value: Tensor) -> None:
+    """A host with a list of projectors packs the tokens of each alike: all return the value."""
+    for name, child in base.named_children():
+        if isinstance(child, nn.ModuleList) and any(type(module) is type(projector) for module in child):
+            setattr(stand_in, name, [_Returning(value, module) for module in child])
 
 
 @contextmanager

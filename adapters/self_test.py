@@ -32,10 +32,12 @@ class Geometry:
     Attributes:
         feature_grid: (H, W) of a tile of the sample.
         token_grid: (h, w) of its tokens; None where each token depends on the whole tile, as a resampler's do.
+        exact: whether each token depends on the cells under it and on no others.
     """
 
     feature_grid: Grid
     token_grid: Grid | None
+    exact: bool
 
 
 def find_geometry(
@@ -68,7 +70,7 @@ def find_geometry(
         probe = _Probe(blocks, clean, get_image_features, sample, spec.order)
         own = _own_tokens(probe, groups, places, sizes, count)
         return [
-            Geometry(group.grid, _token_grid(probe, group.grid, places[index], [own[n] for n in group.numbers]))
+            Geometry(group.grid, *_token_grid(probe, group.grid, places[index], [own[n] for n in group.numbers]))
             for index, group in enumerate(groups)
         ]
 
@@ -143,8 +145,8 @@ def _token_counts(groups: list[Any], total: int, spec: EncoderSpec) -> list[int]
     raise ValueError(f"{total} image tokens for {sum(tiles)} tiles of {everything} cells: no grid of tokens fits them")
 
 
-def _token_grid(probe: _Probe, grid: Grid, places: Tensor, own: list[Tensor]) -> Grid | None:
-    """The grid of a tile's tokens, tested on the first tile; None if each depends on the whole tile.
+def _token_grid(probe: _Probe, grid: Grid, places: Tensor, own: list[Tensor]) -> tuple[Grid | None, bool]:
+    """The grid of a tile's tokens, None if each depends on the whole tile, and if it is exact; of the first tile.
 
     Raises:
         ValueError: the tokens stand for some cells each, but not in raster order.
@@ -158,14 +160,13 @@ def _token_grid(probe: _Probe, grid: Grid, places: Tensor, own: list[Tensor]) ->
     touched = torch.stack([probe.touched(where[probe_cells.to(where.device)])[tokens] for probe_cells in chosen]).cpu()
     token_grid = token_grid_over(grid, len(tokens))
     if token_grid is not None and torch.equal(touched, _expected(chosen, grid, token_grid)):
-        return token_grid
+        return token_grid, True
     if touched.all():
         # A gate over the whole tile lets each token depend on every cell a little; a resampler, on any.
-        return (
-            token_grid if token_grid is not None and _own_cells_rule(probe, grid, token_grid, where, tokens) else None
-        )
+        placed = token_grid is not None and _own_cells_rule(probe, grid, token_grid, where, tokens)
+        return token_grid if placed else None, False
     if token_grid is not None and _boxes_agree(probe, grid, token_grid, where, tokens):
-        return token_grid
+        return token_grid, False
     raise ValueError(
         f"{len(tokens)} image tokens of a tile of {grid[0]}x{grid[1]} cells do not stand for the cells under them in "
         "raster order"

@@ -13,7 +13,15 @@ def image_tokens(output: Any) -> Any:
     """One (tokens, D) for each image, of what an encoding method returned."""
     if isinstance(output, (Tensor, list)):
         return output
-    return output[-1] if isinstance(output, tuple) else output.pooler_output
+    if isinstance(output, tuple):
+        return output[-1]
+    if output.pooler_output is not None:
+        return output.pooler_output
+    if getattr(output, "deepstack_features", None):
+        # A host that adds its tokens in front of several layers has pairs of a layer and the tokens for it.
+        _, images = output.deepstack_features[0]
+        return images
+    return output.last_hidden_state  # the host projects in its forward pass
 
 
 def wants_tuple(base: nn.Module, return_dict: bool | None = None) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
+from vision_remember.adapters.tokens import image_tokens
 from vision_remember.memory import VisionMemory
 
 
@@ -76,7 +77,7 @@ def _with_memory(cls: type[ModelOutput]) -> type[ModelOutput]:
 
 def with_rows(output: Any, memory: tuple[VisionMemory, ...]) -> ModelOutput:
     """An output of the host's encoding, with rows that lead back to ``memory``."""
-    images = output.pooler_output
+    images = image_tokens(output)
     rows = [MemoryRows.of(memory, number, image.device) for number, image in enumerate(images)]
     fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
     own = fields.pop("deepstack_features", None)

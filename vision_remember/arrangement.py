@@ -4,7 +4,8 @@ Orders, for a hidden state of B or one sequence:
 
 - "raster": (B, prefix + H*W, C) or (B, H, W, C), all tiles of one grid.
 - "channels_first": (B, C, H, W).
-- "packed": (N, C) or (1, N, C), the rasters of all tiles one after the other, each of its own grid.
+- "packed": (N, C) or (1, N, C), the rasters of all tiles one after the other, each of its own grid, perhaps with prefix
+  tokens in front.
 - "blocks": packed, but each tile is a raster of blocks of m x m cells, block by block (Qwen2-VL).
 - "windows": blocks, but each tile is a raster of windows of blocks, window by window (Qwen2.5-VL).
 - "padded": (B, L, C), each tile's raster at the front of its row (SigLIP 2 NaFlex).
@@ -103,13 +104,13 @@ def arrange(
     groups = tuple(Group(tuple(numbers), grid) for grid, numbers in by_size.items())
     if spec.order == "padded":
         return Arrangement(groups, (0,) * len(grids), packed=False)
-    counts = [height * width for height, width in grids]
+    counts = [spec.prefix_tokens + height * width for height, width in grids]
     if hidden.numel() // hidden.shape[-1] != sum(counts):
         raise ValueError(
             f"{type(encoder).__name__} made {hidden.numel() // hidden.shape[-1]} cells, but {spec.sizes} says "
             f"{sum(counts)} ({', '.join(f'{h}x{w}' for h, w in grids[:4])}{', ...' if len(grids) > 4 else ''})"
         )
-    starts = tuple([0, *accumulate(counts)][:-1])
+    starts = tuple(spec.prefix_tokens + start for start in [0, *accumulate(counts)][:-1])
     if spec.order == "packed":
         return Arrangement(groups, starts, packed=True)
     orders = {grid: _order(encoder, spec, grid) for grid in by_size}
@@ -126,6 +127,8 @@ def _grids(encoder: nn.Module, spec: EncoderSpec, arguments: Mapping[str, Any]) 
     sizes = arguments.get(spec.sizes)
     if sizes is None:
         raise ValueError(f"{type(encoder).__name__} ran without {spec.sizes}, which tells the images' sizes")
+    if isinstance(sizes, Tensor) and sizes.ndim == 3:
+        sizes = sizes.amax(1).flip(-1) + 1  # the last cell's place (x, y)
     rows: Sequence[Sequence[int]] = sizes.tolist() if isinstance(sizes, Tensor) else sizes
     unit = _number(encoder, spec.size_unit) if spec.size_unit else 1
     grids: list[Grid] = []

@@ -24,12 +24,12 @@ class EncoderSpec:
         layers: the blocks, a ``ModuleList`` or ``Sequential`` whose items take and return hidden states.
         order: how cells stand in a hidden state.
         width: in a block, a norm as wide as the hidden state.
-        prefix_tokens: for "raster", tokens in front of the first patch.
+        prefix_tokens: for "raster" and the packed orders, tokens in front of a tile's first patch.
         cls_token: for "raster", the position of the CLS token; None if there is none.
         patch_embedding: for "raster", the convolution whose output (B, C, H, W) tells the grid; None if the grid is the
             square of the patches.
         sizes: for "packed", "blocks", "windows" and "padded", the argument of the encoder's forward that holds the
-            images' sizes: (frames, rows, columns) or (rows, columns) of each.
+            images' sizes: (frames, rows, columns) or (rows, columns) of each, or the place (x, y) of each of its cells.
         size_unit: path of the side of a cell in the unit of ``sizes``; None where these count cells.
         merge: for "blocks" and "windows", the side of the blocks of cells that stand together, or its path.
         window_size: for "windows", the path of a window's side in pixels.
