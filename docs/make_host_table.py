@@ -1,4 +1,4 @@
-"""Writes the tables of ``docs/hosts.md`` and the README's list of hosts; with ``--check`` it says if they are up to date.
+"""Writes the tables of ``docs/hosts.md`` and the README's list of hosts; ``--check`` says if both are up to date.
 
 Every class of transformers' image-text-to-text mapping is built small, found out as ``attach_vision_remember`` does it,
 and put through the checks of ``tests/zoo_checks.py``. That takes some minutes.
