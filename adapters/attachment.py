@@ -45,8 +45,8 @@ METHODS = {"get_image_features": "image", "get_video_features": "video"}
 
 INTERCEPTION = MethodInterception(SLOT, METHODS)
 
-_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-"""The argument that holds raw pixels, by modality."""
+_PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+"""The arguments that may hold raw pixels, by modality."""
 
 
 class Attachment:
@@ -161,7 +161,7 @@ class Attachment:
             if encoded.get(modality) is not None:
                 recalls.append(_recall_encoded(encoded[modality], placeholders(base, kwargs, token)))
                 encoded[modality] = without_rows(encoded[modality])
-            elif kwargs.get(_PIXELS[modality]) is not None:
+            elif any(kwargs.get(name) is not None for name in _PIXELS[modality]):
                 method = INTERCEPTION.original(base, f"get_{modality}_features")
                 arguments = {name: kwargs[name] for name in inspect.signature(method).parameters if name in kwargs}
                 encoded[modality], known = self._encoding.run(base, method, modality, **arguments, return_dict=True)
@@ -169,8 +169,8 @@ class Attachment:
                 recalls += [memory.recall_images(range(len(memory.spans)), places) for memory in known]
         # Only now: modalities may share arguments. The rest stays, as positions may follow from the images' sizes.
         for modality in self._token_ids:
-            if encoded.get(modality) is not None and _PIXELS[modality] in kwargs:
-                kwargs[_PIXELS[modality]] = None
+            if encoded.get(modality) is not None:
+                kwargs.update((name, None) for name in _PIXELS[modality] if name in kwargs)
         if recalls:
             kwargs["mm_encoder_outputs"] = encoded
             return Recall.joined(recalls, self._text(base, kwargs))

@@ -9,6 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as hf
+from packaging.version import Version
 from torch import Tensor
 
 from tests.hosts import set_checkpointing
@@ -44,6 +46,8 @@ def gradients(host: Subject, handle: Any) -> list[Tensor]:
 @every_host
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_checkpointing_gives_the_same_gradients(model_type: str, use_reentrant: bool) -> None:
+    if use_reentrant and Version(hf.__version__) < Version("5.23"):
+        pytest.skip("refused there while the encoder trains; tests/test_training.py")
     host = host_of(model_type)
     handle = host.attach()
     try:

@@ -46,7 +46,9 @@ class Captured:
 
     _levels: tuple[int, ...]
     output: Any = None
-    _features: dict[int, list[Tensor]] = field(default_factory=dict)
+    # As the blocks returned them. They are cut up only when asked for: what runs inside a checkpointed block must save
+    # no tensors that the block saves not when it is run again.
+    _hidden: dict[int, Tensor] = field(default_factory=dict)
     _saliency: list[Tensor] | None = None
     _arrangement: Arrangement | None = None
     _arguments: dict[str, Any] = field(default_factory=dict)
@@ -55,19 +57,20 @@ class Captured:
     @property
     def empty(self) -> bool:
         """Whether the encoder has not run."""
-        return not self._features
+        return not self._hidden
 
     @property
     def groups(self) -> list[CapturedGroup]:
         """The tiles by size."""
-        missing = [level for level in self._levels if level not in self._features]
+        missing = [level for level in self._levels if level not in self._hidden]
         if missing or self._arrangement is None:
             raise RuntimeError(f"levels {missing} were not captured: run the encoder inside capture()")
+        levels = [self._arrangement.split(self._hidden[level]) for level in self._levels]
         return [
             CapturedGroup(
                 group.numbers,
                 group.grid,
-                tuple(self._features[level][place] for level in self._levels),
+                tuple(level[place] for level in levels),
                 None if self._saliency is None else self._saliency[place],
             )
             for place, group in enumerate(self._arrangement.groups)
@@ -94,7 +97,7 @@ class Captured:
 
     def forget(self) -> None:
         """Makes room for another run of the encoder."""
-        self._features, self._saliency, self._arrangement = {}, None, None
+        self._hidden, self._saliency, self._arrangement = {}, None, None
 
     def _only(self) -> CapturedGroup:
         groups = self.groups

@@ -203,14 +203,20 @@ class MultiLevelTap:
 
     def _keep_level(self, level: int, hidden: Tensor) -> None:
         if (captured := self._runs.innermost()) is not None:
-            captured._features[level] = self._split(captured, hidden)
+            captured._hidden[level] = self._arranged(captured, hidden)
 
-    def _split(self, captured: Captured, hidden: Tensor) -> list[Tensor]:
-        """The cells of a hidden state by groups, each (T, H*W, C)."""
+    def _arranged(self, captured: Captured, hidden: Tensor) -> Tensor:
+        """A hidden state with its channels last; the first of a run tells where the cells stand."""
         if self.spec.order == "channels_first":
             hidden = hidden.movedim(1, -1)
         if captured._arrangement is None:
             captured._arrangement = arrange(self.encoder, self.spec, hidden, captured._arguments, captured._patch_grid)
+        return hidden
+
+    def _split(self, captured: Captured, hidden: Tensor) -> list[Tensor]:
+        """The cells of a hidden state by groups, each (T, H*W, C)."""
+        hidden = self._arranged(captured, hidden)
+        assert captured._arrangement is not None
         return captured._arrangement.split(hidden)
 
     @torch.no_grad()
