@@ -10,16 +10,18 @@ INSTALLING := $(VENV)/.installing
 INSTALLED := $(VENV)/.installed
 # timm and open_clip bring torchvision, which must not stand beside a CPU build of torch: a folder of their own.
 EXTERNAL := $(VENV)-external
+# The model tests that transformers and PEFT ship, and what only they need.
+UPSTREAM := .venv-upstream
 # One thread per worker: more of them wait for each other, and the suite takes ten times as long.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv lint format test test-all demo clean
+.PHONY: help venv lint format test test-all test-upstream test-versions demo clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(INSTALLED) ## build .venv and install the project into it, editable, with all tools
 
@@ -60,9 +62,19 @@ test-all: venv $(EXTERNAL)/.installed ## all tests
 	$(PYTEST) -m "" $(PYTEST_ARGS)
 	PYTHONPATH=$(EXTERNAL) $(PYTEST) -m "" tests/external
 
+$(UPSTREAM)/.installed: $(INSTALLED)
+	@$(PY) -m pip install -qq --no-deps --upgrade --target $(UPSTREAM)/lib parameterized==0.9.0
+	@touch $@
+
+test-upstream: venv $(UPSTREAM)/.installed ## the model tests of transformers and PEFT, plain and attached
+	OMP_NUM_THREADS=1 PYTHONPATH=$(UPSTREAM)/lib $(PY) -m tests.upstream.run
+
+test-versions: venv ## the tests with the oldest and the newest supported transformers
+	$(PY) -m tests.run_versions
+
 demo: venv ## train and compare on rendered pages
 	$(PY) -m examples.demo
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) $(EXTERNAL) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(EXTERNAL) $(UPSTREAM) .venv-versions build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,6 +13,7 @@ from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.resolve import HostParts, block_placement, resolve
 from vision_remember.adapters.sharding import is_sharded
 from vision_remember.adapters.spec import MLLMSpec
+from vision_remember.adapters.versions import warn_outside_the_windows
 from vision_remember.config import VisionRememberConfig
 from vision_remember.encoder import find_module, scale_levels
 from vision_remember.interactions import INTERACTIONS, interaction_options
@@ -57,6 +58,7 @@ def attach_vision_remember(
     """
     if find_attachment(model) is not None:
         raise RuntimeError("Vision Remember is attached to this model already; detach_vision_remember(model) first")
+    warn_outside_the_windows()
     _refuse_compiled(model)
     if is_sharded(model):
         raise ValueError("this model is sharded already, and the blocks would not be: attach, then fully_shard")

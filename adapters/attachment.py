@@ -26,7 +26,7 @@ from vision_remember.adapters.idle_parameters import recall_nothing
 from vision_remember.adapters.interception import MethodInterception
 from vision_remember.adapters.own_forward import OwnForward
 from vision_remember.adapters.resolve import HostParts
-from vision_remember.adapters.tokens import placeholders, text_positions
+from vision_remember.adapters.tokens import placeholders, text_positions, wants_tuple
 from vision_remember.adapters.transport import rows_of, with_rows, without_rows
 from vision_remember.config import VisionRememberConfig
 from vision_remember.encoder import find_module, level_width
@@ -45,8 +45,8 @@ METHODS = {"get_image_features": "image", "get_video_features": "video"}
 
 INTERCEPTION = MethodInterception(SLOT, METHODS)
 
-_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-"""The argument that holds raw pixels, by modality."""
+_PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+"""The arguments that may hold raw pixels, by modality."""
 
 
 class Attachment:
@@ -134,15 +134,19 @@ class Attachment:
     def __call__(self, base: nn.Module, method: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
         """An encoding method called by anyone but us: outside a forward pass the memory rides along in the output."""
         modality = METHODS[name]
-        if not self.enabled or self._encoding.running:
+        if not self.enabled:
             return method(base, *args, **kwargs)
+        if self._encoding.running:
+            # Some encode video by their method for images and pass its output on, as the configuration would have it.
+            named = {"return_dict": True} if self._own_forward is None else {}
+            return method(base, *args, **{**named, **kwargs})
         if self._own_forward is not None:
             if not self._own_forward.running:
                 return method(base, *args, **kwargs)
             return self._own_forward.encode(base, method, modality, *args, **kwargs)
-        output, memory = self._encoding.run(base, method, modality, *args, **kwargs)
-        # A caller who asks for a tuple wants the features, not a forward pass with them.
-        return output if isinstance(output, tuple) else with_rows(output, memory)
+        as_tuple = wants_tuple(base, kwargs.pop("return_dict", None))
+        output = with_rows(*self._encoding.run(base, method, modality, *args, **kwargs, return_dict=True))
+        return output.to_tuple() if as_tuple else output
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied or unpickled host is one more instance, perhaps in a process that never attached.
@@ -157,7 +161,7 @@ class Attachment:
             if encoded.get(modality) is not None:
                 recalls.append(_recall_encoded(encoded[modality], placeholders(base, kwargs, token)))
                 encoded[modality] = without_rows(encoded[modality])
-            elif kwargs.get(_PIXELS[modality]) is not None:
+            elif any(kwargs.get(name) is not None for name in _PIXELS[modality]):
                 method = INTERCEPTION.original(base, f"get_{modality}_features")
                 arguments = {name: kwargs[name] for name in inspect.signature(method).parameters if name in kwargs}
                 encoded[modality], known = self._encoding.run(base, method, modality, **arguments, return_dict=True)
@@ -165,8 +169,8 @@ class Attachment:
                 recalls += [memory.recall_images(range(len(memory.spans)), places) for memory in known]
         # Only now: modalities may share arguments. The rest stays, as positions may follow from the images' sizes.
         for modality in self._token_ids:
-            if encoded.get(modality) is not None and _PIXELS[modality] in kwargs:
-                kwargs[_PIXELS[modality]] = None
+            if encoded.get(modality) is not None:
+                kwargs.update((name, None) for name in _PIXELS[modality] if name in kwargs)
         if recalls:
             kwargs["mm_encoder_outputs"] = encoded
             return Recall.joined(recalls, self._text(base, kwargs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from vision_remember.adapters.encoders import known_encoder
 from vision_remember.adapters.sample import samples
 from vision_remember.adapters.self_test import Geometry, find_geometry
 from vision_remember.adapters.spec import DecoderSpec, MLLMSpec, TokenGeometry
+from vision_remember.adapters.tokens import wants_tuple
 from vision_remember.encoder import EncoderSpec
 
 _PROJECTORS = (
@@ -110,12 +112,15 @@ def _geometry(model: nn.Module, base: Any, encoder: nn.Module) -> tuple[EncoderS
     """The encoder's spec and the tokens' geometry: the first conjecture that holds exactly, or else nearly."""
     known = known_encoder(encoder)
     failures: list[str] = []
+    encode = base.get_image_features
+    if wants_tuple(base):
+        encode = functools.partial(encode, return_dict=True)
     nearly: list[tuple[EncoderSpec, TokenGeometry]] = []
     for spec in [known] if known else conjectures(encoder):
         for sample in _distinct(samples(base, base.get_image_features, encoder, spec)):
             try:
                 with torch.random.fork_rng():
-                    found = find_geometry(encoder, spec, base.get_image_features, sample)
+                    found = find_geometry(encoder, spec, encode, sample)
                 agreed = spec, _summary(found)
                 if all(part.exact for part in found):
                     return agreed

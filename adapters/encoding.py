@@ -14,10 +14,11 @@ from vision_remember.adapters.packing import recorded_outputs, trace_packing
 from vision_remember.adapters.resolve import projected_grid
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.adapters.tokens import image_tokens
+from vision_remember.captured import Captured, CapturedGroup
 from vision_remember.encoder import find_module
 from vision_remember.grid import Grid, token_grid_over
 from vision_remember.memory import Tiles, VisionMemory, memories, spans
-from vision_remember.tap import Captured, CapturedGroup, MultiLevelTap
+from vision_remember.tap import MultiLevelTap
 from vision_remember.threads import RunStack
 
 

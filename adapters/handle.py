@@ -139,8 +139,9 @@ def _tokens(parts: HostParts, config: VisionRememberConfig) -> str:
     grid, geometry = config.token_grid or parts.token_grid, parts.spec.geometry
     if grid is not None:
         return f"{_by(grid)} = {grid[0] * grid[1]} tokens"
-    assert geometry is not None
-    return "tokens without a place" if geometry.cells is None else f"a token for {_by(geometry.cells)} cells"
+    if geometry is not None and geometry.cells is None:
+        return "tokens without a place"
+    return f"a token for {_by(geometry.cells if geometry and geometry.cells else (1, 1))} cells"
 
 
 def _millions(count: int) -> str:

@@ -22,6 +22,7 @@ from vision_remember.adapters.checkpoint import (
 from vision_remember.adapters.compress import compress_projector
 from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.resolve import resolve, trained_copy
+from vision_remember.adapters.versions import warn_outside_the_windows
 
 
 def load_vision_remember(
@@ -45,6 +46,7 @@ def load_vision_remember(
             wrong. Model and processor are then as they were.
         RuntimeError: Vision Remember is attached already.
     """
+    warn_outside_the_windows()  # attach would blame this line
     if find_attachment(model) is not None:
         raise RuntimeError("Vision Remember is attached to this model already; detach_vision_remember(model) first")
     saved = read_adapter(_folder(dir_or_repo, revision))

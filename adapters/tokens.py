@@ -24,6 +24,18 @@ def image_tokens(output: Any) -> Any:
     return output.last_hidden_state  # the host projects in its forward pass
 
 
+def wants_tuple(base: nn.Module, return_dict: bool | None = None) -> bool:
+    """Whether an encoding method of a transformers model gives a tuple, which does not say what its members are.
+
+    Args:
+        base: has the method.
+        return_dict: the method's argument; None leaves it to the configuration.
+    """
+    if return_dict is None:
+        return_dict = getattr(getattr(base, "config", None), "return_dict", True)
+    return not return_dict
+
+
 def text_positions(base: nn.Module, kwargs: dict[str, Any], token_ids: Iterable[int]) -> Tensor:
     """(B, S), where text stands: neither placeholders nor padding."""
     text = ~torch.stack([placeholders(base, kwargs, token) for token in token_ids]).any(0)

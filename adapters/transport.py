@@ -62,11 +62,17 @@ def _source(args: Sequence[Any]) -> MemoryRows:
 
 
 @functools.cache
-def _with_deepstack(cls: type[ModelOutput]) -> type[ModelOutput]:
+def _with_memory(cls: type[ModelOutput]) -> type[ModelOutput]:
     """The output class with a field ``deepstack_features``; generate() rebuilds outputs by their own class."""
+
+    def to_tuple(self: ModelOutput) -> tuple[Any, ...]:
+        # Who asks for a tuple wants the features, not a forward pass with them.
+        members = {**dict(self.items()), "deepstack_features": _own_deepstack(self)}
+        return tuple(member for member in members.values() if member is not None)
+
     name = f"{cls.__name__}WithMemory"
     field = ("deepstack_features", Any, dataclasses.field(default=None))
-    return dataclasses.make_dataclass(name, [field], bases=(cls,))
+    return dataclasses.make_dataclass(name, [field], bases=(cls,), namespace={"to_tuple": to_tuple})
 
 
 def with_rows(output: Any, memory: tuple[VisionMemory, ...]) -> ModelOutput:
@@ -74,24 +80,29 @@ def with_rows(output: Any, memory: tuple[VisionMemory, ...]) -> ModelOutput:
     images = image_tokens(output)
     rows = [MemoryRows.of(memory, number, image.device) for number, image in enumerate(images)]
     fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-    cls: type[ModelOutput] = type(output)
-    if "deepstack_features" not in fields:
-        cls = _with_deepstack(cls)
     own = fields.pop("deepstack_features", None)
-    return cls(**fields, deepstack_features=[*(own or ()), rows])
+    cls: type[ModelOutput] = type(output)
+    result = _with_memory(cls)(**fields, deepstack_features=[*(own or ()), rows])
+    for name in output:
+        # The order of a tuple is the order in which the host filled its output in.
+        result.move_to_end(name)
+    return result
 
 
 def without_rows(output: Any) -> Any:
     """The output as the host made it: its own deepstack features only."""
-    own = [rows for rows in output.deepstack_features if not _ours(rows)]
     fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-    return type(output)(**{**fields, "deepstack_features": own or None})
+    return type(output)(**{**fields, "deepstack_features": _own_deepstack(output)})
 
 
 def rows_of(output: Any) -> list[MemoryRows] | None:
     """The rows that :func:`with_rows` put into an output, as generate() passed them on; None if there are none."""
     layers = getattr(output, "deepstack_features", None) or []
     return next((list(rows) for rows in layers if _ours(rows)), None)
+
+
+def _own_deepstack(output: Any) -> list[Any] | None:
+    return [rows for rows in output.deepstack_features or () if not _ours(rows)] or None
 
 
 def _ours(rows: Any) -> bool:

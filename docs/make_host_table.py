@@ -1,4 +1,4 @@
-"""Writes the tables of ``docs/hosts.md``; with ``--check`` it only says whether they are up to date.
+"""Writes the tables of ``docs/hosts.md`` and the README's list of hosts; ``--check`` says if both are up to date.
 
 Every class of transformers' image-text-to-text mapping is built small, found out as ``attach_vision_remember`` does it,
 and put through the checks of ``tests/zoo_checks.py``. That takes some minutes.
@@ -16,12 +16,13 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.zoo import CLASSES, NEEDS_TIMM, REFUSED, REFUSED_WHEN_TRIED, SUPPORTED, build_host, outline
+from tests.zoo import CLASSES, NEEDS_TIMM, REFUSED, REFUSED_WHEN_TRIED, SUPPORTED, WITH_TIMM, build_host, outline
 from tests.zoo_checks import CHECKS, Subject, subject
 from vision_remember.adapters.hosts import HOSTS
 from vision_remember.adapters.resolve import resolve
 
 PAGE = Path(__file__).with_name("hosts.md")
+README = Path(__file__).parents[1] / "README.md"
 BEGIN = "<!-- Written by docs/make_host_table.py; do not edit by hand. -->"
 END = "<!-- End of what docs/make_host_table.py writes. -->"
 CONDITIONS = dict.fromkeys(
@@ -114,14 +115,20 @@ def tables(progress: Callable[[str], None] = lambda model_type: None) -> str:
     return "\n\n".join(
         [
             f"Made with {versions()}. Of {len(CLASSES)} model types ({len(set(CLASSES.values()))} classes) "
-            f"{len(supported)} are supported, {len(refused)} are not; {len(NEEDS_TIMM)} need timm and are not tried "
-            f"here: {timm}.",
+            f"{len(supported)} are supported, {len(refused)} are not; {len(NEEDS_TIMM)} need timm and are tried apart: "
+            f"{timm}.",
             "## Supported",
             markdown(columns, supported),
             "## Not supported",
             markdown(["class", "model type", "what attaching says"], refused),
         ]
     )
+
+
+def readme_list() -> str:
+    """All hosts that are supported, by their model types."""
+    names = ", ".join(f"`{name}`" for name in sorted([*SUPPORTED, *WITH_TIMM]))
+    return f"**The {len(SUPPORTED) + len(WITH_TIMM)} hosts**, by `config.model_type`: {names}."
 
 
 def versions() -> str:
@@ -156,13 +163,16 @@ def main(arguments: Sequence[str] | None = None, *, page: Path = PAGE) -> int:
     transformers.logging.set_verbosity_error()
     text = page.read_text(encoding="utf-8")
     wanted = updated(text, tables(lambda model_type: print(model_type, file=sys.stderr)))
-    if text == wanted:
-        return 0
-    if check:
-        print(f"{page.name} is out of date: run python docs/{Path(__file__).name}", file=sys.stderr)
-        return 1
-    page.write_text(wanted, encoding="utf-8")
-    return 0
+    readme = README.read_text(encoding="utf-8")
+    stale = [(page, wanted)] if text != wanted else []
+    if (listed := updated(readme, readme_list())) != readme:
+        stale.append((README, listed))
+    for path, content in stale:
+        if check:
+            print(f"{path.name} is out of date: run python docs/{Path(__file__).name}", file=sys.stderr)
+        else:
+            path.write_text(content, encoding="utf-8")
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.hosts import batch, build_llava, randomise, set_checkpointing
 from vision_remember import attach_vision_remember, compress_projector
+from vision_remember.adapters.activation_checkpointing import HOOKS_STAY_OUTSIDE
 from vision_remember.adapters.load import restore_vision_remember
 from vision_remember.adapters.sharding import whole
 
@@ -25,6 +26,11 @@ SECONDS = 60
 BATCHES = {"images": ((1, 2), (2, 1)), "one rank text-only": ((1, 2), (0, 0)), "text-only": ((0, 0), (0, 0))}
 CHECKPOINTING: dict[str, bool | None] = {"no checkpointing": None, "non-reentrant": False, "reentrant": True}
 WAYS = ["DDP", "FSDP2", "FSDP2, block in a group of its own"]
+
+
+def works_with_the_host(way: str, mode: str) -> bool:
+    """Before 5.23 re-entrant layers recompute their hooks: two of them use one parameter, which DDP does not allow."""
+    return HOOKS_STAY_OUTSIDE or (way, mode) != ("DDP", "reentrant")
 
 
 def model_and_handle(use_reentrant: bool | None, **phase: Any) -> tuple[Any, Any]:
@@ -66,6 +72,8 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=SECONDS))
     for way in WAYS:
         for mode, use_reentrant in CHECKPOINTING.items():
+            if not works_with_the_host(way, mode):
+                continue
             model = distributed(way, model_and_handle(use_reentrant)[0])
             for name, images in BATCHES.items():
                 model.zero_grad()

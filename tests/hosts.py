@@ -26,6 +26,9 @@ _DECODER = {
 }
 
 DECODER_CONFIGS: dict[str, Any] = {
+    "cohere": lambda: hf.CohereConfig(**_DECODER, logit_scale=1.0),
+    "cohere2": lambda: hf.Cohere2Config(**_DECODER, logit_scale=1.0),
+    "gemma3_text": lambda: hf.Gemma3TextConfig(**_DECODER, head_dim=12, query_pre_attn_scalar=12),
     "gemma2": lambda: hf.Gemma2Config(**_DECODER, head_dim=12, query_pre_attn_scalar=12),
     "llama": lambda: hf.LlamaConfig(**_DECODER),
     "mistral": lambda: hf.MistralConfig(**_DECODER),
@@ -33,6 +36,7 @@ DECODER_CONFIGS: dict[str, Any] = {
     "phi3": lambda: hf.Phi3Config(**_DECODER),
     "qwen2": lambda: hf.Qwen2Config(**_DECODER),
     "qwen3": lambda: hf.Qwen3Config(**_DECODER, head_dim=12),
+    "smollm3": lambda: hf.SmolLM3Config(**_DECODER),
 }
 
 _ENCODER = {

@@ -30,6 +30,7 @@ from tests.distributed import (
     loss,
     model_and_handle,
     work,
+    works_with_the_host,
 )
 from tests.fingerprint import Fingerprint
 from tests.hosts import batch, build_llava
@@ -72,6 +73,8 @@ def mean_loss(model: Any, images: tuple[tuple[int, ...], ...]) -> torch.Tensor:
 @pytest.mark.parametrize("mode", CHECKPOINTING)
 @pytest.mark.parametrize("name", BATCHES)
 def test_gradients_equal_those_of_one_process(folder: Path, way: str, mode: str, name: str) -> None:
+    if not works_with_the_host(way, mode):
+        pytest.skip("before transformers 5.23, DDP and re-entrant activation checkpointing exclude each other")
     alone, together = expected(BATCHES[name]), torch.load(folder / file_of(way, mode, name))
     assert alone.keys() <= together.keys()
     for key, gradient in together.items():

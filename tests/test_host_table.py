@@ -22,19 +22,29 @@ def rows(title: str) -> dict[str, str]:
     return dict(re.findall(r"^\| `\w+` \| `([\w.-]+)` \| (.*) \|$", section, re.MULTILINE))
 
 
+# Each version of transformers maps other classes.
+of_these_versions = pytest.mark.skipif(SCRIPT["versions"]() not in PAGE, reason="the page is about other versions")
+
+
 @pytest.mark.slow
+@of_these_versions
 def test_the_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
-    if SCRIPT["versions"]() not in PAGE:
-        pytest.skip("the page is about other versions")
     assert SCRIPT["main"](["--check"]) == 0, capsys.readouterr().err
 
 
+@of_these_versions
 def test_every_class_has_its_row() -> None:
     assert list(rows("Supported")) == list(SUPPORTED)
     assert list(rows("Not supported")) == list(REFUSED)
     counts = f"Of {len(CLASSES)} model types ({len(set(CLASSES.values()))} classes) {len(SUPPORTED)} are supported"
     assert counts in PAGE
     assert all(f"`{CLASSES[name]}`" in PAGE for name in NEEDS_TIMM)
+
+
+@of_these_versions
+def test_the_readme_lists_the_same_hosts() -> None:
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert SCRIPT["updated"](readme, SCRIPT["readme_list"]()) == readme
 
 
 def test_no_supported_host_fails_a_check() -> None:

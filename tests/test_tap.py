@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.encoders import GRID, PATCH, PREFIX, SIZES, build, captured, every_encoder, hf, hooks, images
+from tests.hosts import set_checkpointing
 from vision_remember import MultiLevelTap
+from vision_remember.adapters.activation_checkpointing import HOOKS_STAY_OUTSIDE
 from vision_remember.encoder import EncoderSpec
 
 
@@ -68,6 +70,8 @@ def test_levels_have_gradients_where_the_encoder_trains_and_saliency_never(name:
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @every_encoder
 def test_activation_checkpointing_of_the_encoder_changes_nothing(name: str, use_reentrant: bool) -> None:
+    if use_reentrant and not HOOKS_STAY_OUTSIDE:
+        pytest.skip("before transformers 5.23, re-entrant checkpoints run hooks inside, where no gradient passes")
     encoder = build(name).train()
 
     def gradients() -> list[Tensor]:
@@ -77,7 +81,7 @@ def test_activation_checkpointing_of_the_encoder_changes_nothing(name: str, use_
         return [result.joined(), result.saliency, *(p.grad for p in encoder.parameters() if p.grad is not None)]
 
     expected = gradients()
-    encoder.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    set_checkpointing(encoder, use_reentrant=use_reentrant)
     torch.testing.assert_close(gradients(), expected)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
+from packaging.version import Version
 from torch import Tensor
 
 from tests.zoo import extended
@@ -124,6 +126,7 @@ _M_ROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 _NO_POOLED_TOKENS = ("granite4_vision",)
 # Granite 4 keeps its tokens where generate() neither repeats nor cuts them. The positions of Qwen's need the token ids
 # of the whole sequence, which neither embeddings nor the tokens of one more turn tell.
+LISTED_FOR = "5.23"
 WRONG_ALONE: dict[str, tuple[str, ...]] = {
     "chunked prefill": _NO_POOLED_TOKENS,
     "sampling, several returns": _NO_POOLED_TOKENS,
@@ -146,9 +149,13 @@ def holds(way: Callable[[Subject], Pair], host: Subject) -> bool:
 def test_a_way_to_run(model_type: str, way: str) -> None:
     host = host_of(model_type)
     alone = holds(WAYS[way], host)
-    assert alone == (model_type not in WRONG_ALONE.get(way, ())), "the host alone"
-    if not alone:
+    if Version(hf.__version__) < Version(LISTED_FOR):
+        if not alone:
+            pytest.skip(f"{way} of {model_type} alone is wrong in transformers {hf.__version__}")
+    elif model_type in WRONG_ALONE.get(way, ()):
+        assert not alone, "the host alone is right by now: take it from WRONG_ALONE"
         return
+    assert alone, "the host alone"
     handle = host.attach()
     try:
         made, expected = WAYS[way](host)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
+from packaging.version import Version
 from torch import Tensor
 
 from tests.fingerprint import structure
@@ -89,11 +91,12 @@ def test_a_token_is_made_of_the_cells_that_lie_under_it(kind: str) -> None:
     assert start == len(tokens)
 
 
+@pytest.mark.skipif(Version(hf.__version__) < Version("5.23"), reason="older versions map fewer classes")
 def test_the_tables_hold_every_class_of_the_mapping_once() -> None:
     assert sorted([*SUPPORTED, *REFUSED, *NEEDS_TIMM]) == sorted(CLASSES)
 
 
-@pytest.mark.parametrize("model_type", marked(REFUSED))
+@pytest.mark.parametrize("model_type", marked(name for name in REFUSED if name in CLASSES))
 def test_a_host_that_does_not_fit_is_refused_with_the_reason_and_left_as_it_was(model_type: str) -> None:
     model = (build_host if model_type in REFUSED_WHEN_TRIED else outline)(model_type)
     before = structure(model)

@@ -43,6 +43,8 @@ REFUSED: dict[str, str] = {
 REFUSED_WHEN_TRIED = ("deepseek_ocr2", "hunyuan_vl", "inkling2", "unlimited_ocr")
 """Those whose code has to run to show it."""
 NEEDS_TIMM = ("fast_vlm", "gemma3n", "perception_lm")
+WITH_TIMM = ("fast_vlm", "perception_lm")
+"""Those of them that are supported, as ``tests/external`` shows."""
 SUPPORTED = tuple(name for name in CLASSES if name not in REFUSED and name not in NEEDS_TIMM)
 _PREFIX_ATTENTION = ("paligemma",)
 _LARGEST = 50_000_000

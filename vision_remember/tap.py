@@ -7,112 +7,20 @@ import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vision_remember.arrangement import Arrangement, arrange
+from vision_remember.arrangement import arrange
+from vision_remember.captured import Captured
 from vision_remember.encoder import EncoderSpec, find, find_module
-from vision_remember.grid import Grid
 from vision_remember.saliency import Center, cls_saliency
 from vision_remember.threads import RunStack
 
 SaliencySource = Literal["auto", "cls", "received", "map_head"]
-
-
-@dataclass(frozen=True)
-class CapturedGroup:
-    """What was captured of the tiles of one size.
-
-    Attributes:
-        numbers: the tiles' places among all tiles of the run.
-        grid: (H, W).
-        levels: one (T, H*W, C) per level in the order asked for.
-        saliency: (T, H*W) in (0, 1), or None.
-    """
-
-    numbers: tuple[int, ...]
-    grid: Grid
-    levels: tuple[Tensor, ...]
-    saliency: Tensor | None
-
-    def joined(self) -> Tensor:
-        """(T, H*W, levels*C), the levels joined on channels (Vision Remember, section 4.3)."""
-        return torch.cat(self.levels, dim=-1)
-
-
-@dataclass
-class Captured:
-    """What one run of the encoder left. Empty until the encoder has run.
-
-    Where images have grids of their own (Qwen-VL, Pixtral, SigLIP 2), read :attr:`groups`; the other attributes are for
-    tiles of one size.
-
-    Attributes:
-        output: what the encoder returned.
-    """
-
-    _levels: tuple[int, ...]
-    output: Any = None
-    _features: dict[int, list[Tensor]] = field(default_factory=dict)
-    _saliency: list[Tensor] | None = None
-    _arrangement: Arrangement | None = None
-    _arguments: dict[str, Any] = field(default_factory=dict)
-    _patch_grid: Grid | None = None
-
-    @property
-    def empty(self) -> bool:
-        """Whether the encoder has not run."""
-        return not self._features
-
-    @property
-    def groups(self) -> list[CapturedGroup]:
-        """The tiles by size."""
-        missing = [level for level in self._levels if level not in self._features]
-        if missing or self._arrangement is None:
-            raise RuntimeError(f"levels {missing} were not captured: run the encoder inside capture()")
-        return [
-            CapturedGroup(
-                group.numbers,
-                group.grid,
-                tuple(self._features[level][place] for level in self._levels),
-                None if self._saliency is None else self._saliency[place],
-            )
-            for place, group in enumerate(self._arrangement.groups)
-        ]
-
-    @property
-    def levels(self) -> list[Tensor]:
-        """The features, one (B, H*W, C) per level in the order asked for, prefix tokens removed, raster order."""
-        return list(self._only().levels)
-
-    @property
-    def grid(self) -> Grid:
-        """(H, W) of the features."""
-        return self._only().grid
-
-    @property
-    def saliency(self) -> Tensor | None:
-        """(B, H*W) in (0, 1), without gradient; None if not asked for."""
-        return None if self._saliency is None else self._only().saliency
-
-    def joined(self) -> Tensor:
-        """(B, H*W, levels*C), the levels joined on channels (Vision Remember, section 4.3)."""
-        return self._only().joined()
-
-    def forget(self) -> None:
-        """Makes room for another run of the encoder."""
-        self._features, self._saliency, self._arrangement = {}, None, None
-
-    def _only(self) -> CapturedGroup:
-        groups = self.groups
-        if len(groups) > 1:
-            sizes = ", ".join(f"{height}x{width}" for height, width in (group.grid for group in groups))
-            raise RuntimeError(f"the images have different grids ({sizes}): read .groups, which holds them by size")
-        return groups[0]
 
 
 class MultiLevelTap:
@@ -295,14 +203,20 @@ class MultiLevelTap:
 
     def _keep_level(self, level: int, hidden: Tensor) -> None:
         if (captured := self._runs.innermost()) is not None:
-            captured._features[level] = self._split(captured, hidden)
+            captured._hidden[level] = self._arranged(captured, hidden)
 
-    def _split(self, captured: Captured, hidden: Tensor) -> list[Tensor]:
-        """The cells of a hidden state by groups, each (T, H*W, C)."""
+    def _arranged(self, captured: Captured, hidden: Tensor) -> Tensor:
+        """A hidden state with its channels last; the first of a run tells where the cells stand."""
         if self.spec.order == "channels_first":
             hidden = hidden.movedim(1, -1)
         if captured._arrangement is None:
             captured._arrangement = arrange(self.encoder, self.spec, hidden, captured._arguments, captured._patch_grid)
+        return hidden
+
+    def _split(self, captured: Captured, hidden: Tensor) -> list[Tensor]:
+        """The cells of a hidden state by groups, each (T, H*W, C)."""
+        hidden = self._arranged(captured, hidden)
+        assert captured._arrangement is not None
         return captured._arrangement.split(hidden)
 
     @torch.no_grad()
