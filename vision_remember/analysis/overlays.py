@@ -94,7 +94,9 @@ def saliency_maps(memories: tuple[VisionMemory, ...]) -> tuple[SaliencyMap, ...]
         ValueError: a memory without saliency.
     """
     if any(memory.saliency is None for memory in memories):
-        raise ValueError("the images were encoded without saliency: attach with saliency='auto'")
+        raise ValueError(
+            "the images were encoded without saliency: attach with saliency='auto', if this encoder can give any"
+        )
     maps = []
     for image in range(len(memories[0].spans)):
         # All tiles of an image have one size.
