@@ -48,6 +48,10 @@ def skips(outcomes: Iterable[Outcomes]) -> Counter[str]:
 
 def main(hosts: list[str]) -> int:
     """The exit status: 1 if anything is unexplained."""
+    unknown = [host for host in hosts if host not in HOSTS]
+    if unknown:
+        print(f"no host {', '.join(unknown)}; there are {', '.join(HOSTS)}")
+        return 2
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     print(f"transformers {version('transformers')}, peft {version('peft')}, torch {version('torch')}\n")
