@@ -215,11 +215,12 @@ def test_stray_import_of_adapters_is_refused() -> None:
 
 
 def test_requirements(metadata: Message) -> None:
-    extras = {"timm", "open-clip", "flash-attn", "train", "eval", "demo", "dev"}
+    extras = {"timm", "open-clip", "flash-attn", "triton", "train", "eval", "demo", "synth", "bench"}
+    extras |= {"export", "serve", "docs", "dev"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     requires = metadata.get_all("Requires-Dist", [])
     plain = {re.split(r"[^\w-]", line, maxsplit=1)[0] for line in requires if "extra ==" not in line}
-    assert plain == {"torch", "transformers", "safetensors"}
+    assert plain == {"torch", "transformers", "safetensors", "typer"}
     # its builds for another kind of torch fail at import, and transformers works without it
     assert not [line for line in requires if line.startswith("torchvision")]
 
@@ -243,7 +244,14 @@ def test_one_version_everywhere(metadata: Message) -> None:
 def test_every_tool_is_pinned() -> None:
     """A tool or dependency that `make` installs has its version in the constraints."""
     extras = PYPROJECT["project"]["optional-dependencies"]
-    requirements = [*PYPROJECT["project"]["dependencies"], *extras["demo"], *extras["train"], *extras["dev"]]
+    requirements = [
+        *PYPROJECT["project"]["dependencies"],
+        *(
+            line
+            for name in ("bench", "demo", "docs", "export", "synth", "train", "triton", "dev")
+            for line in extras[name]
+        ),
+    ]
     wanted = {re.split(r"[\[<>=;!~ ]", line, maxsplit=1)[0] for line in requirements}
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0] for line in pins if line and not line.startswith("#")}
