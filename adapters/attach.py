@@ -69,9 +69,7 @@ def attach_vision_remember(
         config = config.replace(**chosen, **overrides)
 
     parts = resolve(model, spec)
-    _check_layers(parts, config)
-    tap = _build_tap(parts, config)
-    config = _completed(config, parts, tap)
+    config, tap = plan(parts, config)
     blocks = {index: _build_block(parts, config, tap, index) for index in config.layers}
     attachment = Attachment(parts, config, tap)
     attachment.install(blocks)
@@ -93,6 +91,22 @@ def detach_vision_remember(model: nn.Module) -> None:
 def default_levels(depth: int) -> tuple[int, ...]:
     """The paper's levels for an encoder of ``depth`` blocks; fewer where a shallow one has them fall together."""
     return tuple(sorted(set(scale_levels(_PAPER_LEVELS, depth))))
+
+
+def plan(parts: HostParts, config: VisionRememberConfig) -> tuple[VisionRememberConfig, MultiLevelTap]:
+    """The configuration with everything that was left to the host filled in, and its tap. Looks, never touches.
+
+    Raises:
+        ValueError: the host does not have what the configuration asks for.
+    """
+    _check_layers(parts, config)
+    tap = _build_tap(parts, config)
+    return _completed(config, parts, tap), tap
+
+
+def new_block(parts: HostParts, config: VisionRememberConfig, tap: MultiLevelTap) -> VisionRemember:
+    """A block as planned, not placed in the host yet."""
+    return VisionRemember.from_config(config, parts.hidden_size, feature_dim(parts, tap), num_levels=len(tap.levels))
 
 
 def _refuse_compiled(model: nn.Module) -> None:
@@ -130,7 +144,6 @@ def _build_tap(parts: HostParts, config: VisionRememberConfig) -> MultiLevelTap:
 
 
 def _completed(config: VisionRememberConfig, parts: HostParts, tap: MultiLevelTap) -> VisionRememberConfig:
-    """The configuration with everything that was left to the host filled in."""
     projected = parts.token_grid
     if hasattr(parts.projector, "out_grid") and config.token_grid not in (None, projected):
         assert projected is not None
@@ -156,8 +169,7 @@ def _completed(config: VisionRememberConfig, parts: HostParts, tap: MultiLevelTa
 def _build_block(parts: HostParts, config: VisionRememberConfig, tap: MultiLevelTap, index: int) -> VisionRemember:
     layer = parts.layers[index]
     device, dtype = offloaded_placement(layer, parts.base) or block_placement(layer, parts.base)
-    width, levels = feature_dim(parts, tap), len(tap.levels)
-    block = VisionRemember.from_config(config, parts.hidden_size, width, num_levels=levels).to(device, dtype)
+    block = new_block(parts, config, tap).to(device, dtype)
     block.gradient_checkpointing = getattr(layer, "gradient_checkpointing", False)
     if block.gradient_checkpointing:
         block._gradient_checkpointing_func = layer._gradient_checkpointing_func  # type: ignore[assignment]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,6 +28,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _CARD_FILE = "README.md"
 _FORMAT = "vision-remember"
 _FORMAT_VERSION = 1
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -126,7 +128,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
         raise FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}")
     try:
         data = json.loads(config_file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{config_file} is not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         raise ValueError(f"{config_file} does not describe a {_FORMAT} adapter")
@@ -137,9 +139,15 @@ def read_adapter(folder: Path) -> SavedAdapter:
     missing = [key for key in ("base", "config", "spec") if not isinstance(data.get(key), dict)]
     if missing:
         raise ValueError(f"{config_file} lacks {missing}")
+    if not isinstance(data.get("projector"), (dict, type(None))):
+        raise ValueError(f"{config_file} has projector={data['projector']!r}: expected a description or null")
+    try:
+        config, spec = VisionRememberConfig.from_dict(data["config"]), MLLMSpec.from_dict(data["spec"])
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{config_file} holds a value of a wrong kind: {error}") from error
     return SavedAdapter(
-        config=VisionRememberConfig.from_dict(data["config"]),
-        spec=MLLMSpec.from_dict(data["spec"]),
+        config=config,
+        spec=spec,
         base=data["base"],
         projector=data.get("projector"),
         tensors=_read_tensors(weights_file),
@@ -159,11 +167,11 @@ def check_base(saved: SavedAdapter, parts: HostParts) -> None:
         raise ValueError(f"the adapter belongs to another base model; {'; '.join(different)}")
 
 
-def copy_weights(saved: SavedAdapter, modules: dict[str, nn.Module]) -> None:
-    """Copies an adapter's weights into ``modules``, all of them or none.
+def check_weights(saved: SavedAdapter, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of ``modules`` by their names in an adapter, all of which it has.
 
     Raises:
-        ValueError: missing, extra or misshapen tensors; the message names them.
+        ValueError: missing, extra or misshapen tensors, or such as hold no real numbers; the message names them.
     """
     targets = {f"{prefix}.{n}": t for prefix, module in modules.items() for n, t in module.state_dict().items()}
     problems = [f"missing {name}" for name in targets if name not in saved.tensors]
@@ -173,10 +181,25 @@ def copy_weights(saved: SavedAdapter, modules: dict[str, nn.Module]) -> None:
         for name, target in targets.items()
         if name in saved.tensors and saved.tensors[name].shape != target.shape
     ]
+    problems += [
+        f"{name} is {tensor.dtype}, expected float32, float16 or bfloat16"
+        for name, tensor in saved.tensors.items()
+        if name in targets and tensor.dtype not in _DTYPES and tensor.dtype != targets[name].dtype
+    ]
     if problems:
-        raise ValueError(f"the adapter's weights do not fit: {'; '.join(problems)}")
-    for name, target in targets.items():
+        raise ValueError(f"the adapter's weights do not fit: {'; '.join(map(_shortened, problems))}")
+    return targets
+
+
+def copy_weights(saved: SavedAdapter, modules: dict[str, nn.Module]) -> None:
+    """Copies an adapter's weights into ``modules``, all of them or none; raises as :func:`check_weights`."""
+    for name, target in check_weights(saved, modules).items():
         fill(target, saved.tensors[name])
+
+
+def _shortened(text: str) -> str:
+    """A line for a message, whatever a file puts into it."""
+    return text if len(text) <= 200 else f"{text[:160]} ... ({len(text)} characters)"
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

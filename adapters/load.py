@@ -21,6 +21,7 @@ from vision_remember.adapters.checkpoint import (
 )
 from vision_remember.adapters.compress import compress_projector
 from vision_remember.adapters.handle import VisionRememberHandle
+from vision_remember.adapters.rehearsal import rehearse
 from vision_remember.adapters.resolve import resolve, trained_copy
 from vision_remember.adapters.versions import warn_outside_the_windows
 
@@ -50,8 +51,7 @@ def load_vision_remember(
     if find_attachment(model) is not None:
         raise RuntimeError("Vision Remember is attached to this model already; detach_vision_remember(model) first")
     saved = read_adapter(_folder(dir_or_repo, revision))
-    parts = resolve(model, saved.spec)
-    check_base(saved, parts)
+    parts = rehearse(model, saved)
     # A model of one's own may be built with the adapter's projector: only its weights are missing.
     swaps = saved.projector is not None and saved.projector != describe_projector(parts.projector)
     if swaps and processor is None:

@@ -30,12 +30,13 @@ ADAPTER_LIBRARIES = {*CORE_LIBRARIES, "transformers", "safetensors", "huggingfac
 LAZY_DOORS = {"vision_remember": "names of attach.py", "vision_remember.tap": "the table of encoders"}
 
 # what a room may import of the core besides itself; rooms that are not listed are bound by the other rules only
-GROUND = {"config", "grid", "layout", "registry"}
+GROUND = {"config", "grid", "layout", "registry", "typed"}
 ARROWS = {
     "config": GROUND,
     "grid": GROUND,
     "layout": GROUND,
     "registry": GROUND,
+    "typed": set(),
     "encoder": GROUND,
     "memory": GROUND,
     "analysis": GROUND | {"memory"},

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from vision_remember.grid import Grid, check_grid
 from vision_remember.registry import Registry, did_you_mean
+from vision_remember.typed import check_fields
 
 SaliencySource = Literal["auto", "cls", "received", "map_head"]
 
@@ -109,6 +110,7 @@ class VisionRememberConfig:
             raise ValueError(f"saliency_level={self.saliency_level!r}: expected a hidden_states index or None")
         if not isinstance(self.saliency_temperature, (int, float)) or not self.saliency_temperature > 0:
             raise ValueError(f"saliency_temperature={self.saliency_temperature!r}: expected a positive number")
+        check_fields(self)
 
     @classmethod
     def from_preset(cls, name: str = "default", **overrides: Any) -> VisionRememberConfig:

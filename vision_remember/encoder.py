@@ -10,6 +10,8 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from vision_remember.typed import check_fields
+
 Order = Literal["raster", "channels_first", "packed", "blocks", "windows", "padded"]
 """How the cells of a batch stand in a hidden state; see :mod:`vision_remember.arrangement`."""
 
@@ -70,6 +72,7 @@ class EncoderSpec:
             raise ValueError(f"order={self.order!r}: expected one of {', '.join(map(repr, get_args(Order)))}")
         if self.order in ("packed", "blocks", "windows", "padded") and self.sizes is None:
             raise ValueError(f"order={self.order!r} needs sizes, the argument that holds the images' sizes")
+        check_fields(self)
 
     @property
     def has_attention(self) -> bool:

@@ -123,11 +123,11 @@ def _position_table(position: Position, heads: int, window: int, cells: Grid, ke
     if position == "learned":
         nn.init.normal_(table, std=_LEARNED_STD)
     elif position == "specialised":
-        for entry in range(key_levels * heads):
-            row, column = divmod(entry % heads % math.prod(cells), columns)
-            for query in range(window * window):
-                i, j = divmod(query, window)
-                table[entry, query, i * rows + row, j * columns + column] = _OWN_CELL_LOGIT
+        entry, query = torch.arange(key_levels * heads)[:, None], torch.arange(window * window)
+        own = entry % heads % math.prod(cells)
+        own_row = query // window * rows + own // columns
+        own_column = query % window * columns + own % columns
+        table[entry, query, own_row, own_column] = _OWN_CELL_LOGIT
     else:
         raise ValueError(f"position={position!r}: expected 'specialised', 'learned' or 'none'")
     return nn.Parameter(table)
