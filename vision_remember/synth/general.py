@@ -8,6 +8,7 @@ from vision_remember.synth.labels import COLOURS, SHAPES
 from vision_remember.synth.page import Draw, Page, Sheet
 
 GROUP = "General"
+YES_NO = ("yes", "no")
 COUNTS = ("zero", "one", "two", "three", "four", "five", "six")
 
 
@@ -66,11 +67,13 @@ def draw_existence(page: Page, draw: Draw) -> list[Question]:
     asked = []
     for figure in draw.sample(sorted(set(drawn)), 3):
         for asked_for, answer in ((figure, "yes"), (draw.pick(absent), "no")):
-            asked.append(Question(f"is there a {asked_for}", answer, category="existence"))
+            asked.append(Question(f"is there a {asked_for}", answer, YES_NO, category="existence"))
     for shape, count in shapes.items():
         wrong = draw.pick([other for other in (1, 2, 3, 4) if other != count])
         for number, answer in ((count, "yes"), (wrong, "no")):
-            asked.append(Question(f"is the number of {shape} figures {COUNTS[number]}", answer, category="count"))
+            asked.append(
+                Question(f"is the number of {shape} figures {COUNTS[number]}", answer, YES_NO, category="count")
+            )
     return asked
 
 
@@ -86,7 +89,7 @@ def draw_position(page: Page, draw: Draw) -> list[Question]:
     """Neighbours; each pair of questions asks for the true side and the opposite one."""
     opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}
     return [
-        Question(f"is the {one} {PHRASES[said]} the {other}", answer, category="position")
+        Question(f"is the {one} {PHRASES[said]} the {other}", answer, YES_NO, category="position")
         for one, other, side in draw_pairs(page, draw)
         for said, answer in draw.shuffled(((side, "yes"), (opposite[side], "no")))
     ]

@@ -17,8 +17,8 @@ HINT = "A larger number is heavier."
 def draw_food_chain(page: Page, draw: Draw) -> list[Question]:
     """Chains of three letters with an arrow between neighbours."""
     across = min(2, page.slots // 6)
-    places = [(row, 6 * part) for row in range(min(page.slots, MOST_ROWS)) for part in range(across)]
-    places = draw.sample(places, 6)
+    top = draw.below(min(page.slots, MOST_ROWS) - 6 // across + 1)
+    places = [(top + number // across, 6 * (number % across)) for number in range(6)]
     names = draw.sample(LETTERS, 3 * len(places))
     step = page.columns // page.slots
     asked = []
