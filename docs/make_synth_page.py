@@ -91,11 +91,8 @@ def sheet(group: str) -> Image.Image:
             image.paste(page, (place, top))
             question = scene.questions[0]
             words = f"{question.text}: {question.answer}"
-            small = next(
-                font
-                for size in range(14, 8, -1)
-                if (font := ImageFont.load_default(size=size)).getlength(words) <= side
-            )
+            sizes = [ImageFont.load_default(size=size) for size in range(14, 7, -1)]
+            small = next((size for size in sizes if size.getlength(words) <= side), sizes[-1])
             draw.text((place, top + side + 3), words, fill="black", font=small)
     return image
 

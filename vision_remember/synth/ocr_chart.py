@@ -12,7 +12,7 @@ MOST_LINES = 12  # a page of text or a chart does not grow with the grid: its qu
 CHART_ROWS = 10
 STEPS = {"coarse": 1, "medium": 2, "fine": 4}  # steps of a bar's height per cell
 
-# families of anagrams: the bag of a word's letters does not tell the word
+# families of anagrams: the bag of a word's letters does not tell the word, though bags of two letters nearly do
 WORDS = say(
     "arts rats star team meat mate tame leap plea pale peal care race acre lead deal part trap "
     "step pest pets meal male lame pans snap span naps rate tear bear bare palm lamp east seat"
@@ -263,7 +263,7 @@ TASKS = (
         GROUP,
         "TextVQA",
         "exact_match",
-        detail=True,
+        detail=False,
         draw=draw_sign,
         solve=solve_sign,
         words=say("what does the top bottom sign say", WORDS),

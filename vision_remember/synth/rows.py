@@ -30,7 +30,7 @@ def _columns(task: Task, question: Question, number: int, identity: str) -> dict
             "question": _with_options(question, "{}. {}"),
             "answer": letter,
             "index": number,
-            "category": "fine-grained perception",
+            "category": "logical reasoning",
             "l2_category": question.category,
         },
         "MMMU": {
