@@ -104,7 +104,7 @@ def main() -> None:
     options = parser.parse_args()
     for group in GROUPS:
         name = group.lower().replace(" & ", "_").replace("-", "_")
-        sheet(group).quantize(128).save(IMAGES / f"synth_{name}.png", optimize=True)
+        sheet(group).save(IMAGES / f"synth_{name}.png", optimize=True)
     if not options.sheets_only:
         text = PAGE.read_text(encoding="utf-8")
         before, rest = text.split(BEGIN)
