@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from vision_remember.synth import TASKS, make_scene, rows
+from vision_remember.synth.sources import needed
 
 # what the task files of lmms-eval 0.7.3 read
 COLUMNS = {
@@ -86,3 +87,11 @@ def test_images_can_be_png_bytes() -> None:
 def test_no_scenes_are_an_error() -> None:
     with pytest.raises(ValueError, match="n=0: expected at least one scene"):
         rows("bars", 0)
+
+
+def test_a_missing_library_names_the_extra() -> None:
+    with (
+        pytest.raises(ImportError, match=r"No module named 'skimage'.*pip install 'vision-remember\[synth\]'"),
+        needed(),
+    ):
+        raise ImportError("No module named 'skimage'")
