@@ -201,6 +201,11 @@ class LmmsEvalModel(lmms):  # type: ignore[misc] # lmms-eval has no types
         """Not there: none of the paper's benchmarks asks in rounds."""
         raise NotImplementedError(_unsupported(requests, "asks in several rounds"))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; lmms-eval asks when there are several processes."""
+        return self.model.device
+
     def clean(self) -> None:
         """Keeps the model, which lmms-eval would take off this object after the answers: it may be asked again."""
 
