@@ -43,7 +43,7 @@ def build(
     """
     rows = {benchmark.name: _row(benchmark, task, results, records.get(task, {})) for task, benchmark in tasks.items()}
     scores = {name: row["score"] for name, row in rows.items()}
-    return {
+    report = {
         "format": FORMAT,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "harness": {"name": "lmms-eval", "version": version("lmms-eval")},
@@ -55,6 +55,8 @@ def build(
         "average": {"value": average(scores), "of": len(scores), "units": "per cent, MME-P divided by 20"},
         "groups": group_averages(scores),
     }
+    # as it will be read again: no tuples, no NumPy
+    return dict(json.loads(json.dumps(report, default=str)))
 
 
 def _row(benchmark: Benchmark, task: str, results: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
