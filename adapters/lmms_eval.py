@@ -1,6 +1,6 @@
 """The plug-in for lmms-eval: ``lmms-eval eval --model vision_remember --model_args pretrained=...,adapter=...``.
 
-lmms-eval finds it by the entry point group ``lmms_eval.models``; tasks, prompts and metrics are the harness's own.
+``lmms_eval_entry.py`` tells lmms-eval of it; tasks, prompts and metrics are the harness's own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.base_model import load_base_model
+from vision_remember.adapters.lmms_eval_entry import MODEL_ID
 from vision_remember.adapters.load import load_vision_remember
 from vision_remember.registry import did_you_mean
 
@@ -26,19 +27,10 @@ try:
     from lmms_eval.api.instance import GenerationResult, TokenCounts
     from lmms_eval.api.model import lmms
     from lmms_eval.models.model_utils.gen_metrics import log_metrics
-    from lmms_eval.models.registry_v2 import ModelManifest
     from lmms_eval.protocol import ChatMessages
     from tqdm import tqdm
 except ImportError as error:
     raise ImportError(f"{error}: the plug-in runs inside lmms-eval; pip install 'vision-remember[eval]'") from error
-
-MODEL_ID = "vision_remember"
-"""What ``--model`` is given."""
-
-
-def manifest() -> Any:
-    """What lmms-eval registers when it looks for models."""
-    return ModelManifest(model_id=MODEL_ID, chat_class_path=f"{__name__}.{LmmsEvalModel.__name__}")
 
 
 @dataclass

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,14 @@ import torch
 
 from benchmarks import evaluation, result_file
 from benchmarks.local_tasks import write_local_data
-from benchmarks.official_tasks import BENCHMARKS, choose
+from benchmarks.official_tasks import BENCHMARKS, choose, write_local_tasks
 from benchmarks.paper_tables import COLUMNS, average, group_averages
 from tests.evaluation.models import small_model
 from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.lmms_eval import LmmsEvalModel
 
+ROOT = Path(__file__).resolve().parents[2]
 ENDS = list(range(2, 60, 3))  # every third letter: CVBench grants 1024 tokens, and a random model would take them
 SHORT = "DocVQA,scienceqa_img,General"
 SHORT_NAMES = ["DocVQA", "SQA-I", "GQA", "MME-P"]
@@ -195,6 +199,27 @@ def test_benchmarks_go_by_many_names() -> None:
     assert [benchmark.name for benchmark in choose("paper")] == list(COLUMNS)
     assert [benchmark.name for benchmark in choose("General, cv_bench_3d,GQA")] == ["GQA", "MME-P", "CVBench-3D"]
     assert all(choose(benchmark.task) == [benchmark] for benchmark in BENCHMARKS.values())
+
+
+def test_lmms_evals_own_command_runs_the_plugin(folder: Path, tmp_path: Path, plain: dict[str, Any]) -> None:
+    write_local_tasks([BENCHMARKS["GQA"]], folder / "data", tmp_path / "tasks")
+    model = ["--model", "vision_remember", "--model_args", f"pretrained={folder / 'base'},dtype=float32"]
+    tasks = ["--include_path", str(tmp_path / "tasks"), "--tasks", "gqa_local", "--batch_size", "2", "--device", "cpu"]
+    run = subprocess.run(
+        [sys.executable, "-m", "lmms_eval", "eval", *model, *tasks, "--log_samples", "--output_path", str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "|gqa_local|" in run.stdout, run.stdout + run.stderr
+    (samples,) = tmp_path.rglob("*_samples_gqa_local.jsonl")
+    answers = [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()]
+    assert sorted(answers) == sorted(plain["benchmarks"]["GQA"]["answers"])
+    assert len(answers) == 2
+    assert any(answers)
 
 
 def test_all_13_tasks_ask_the_small_model(folder: Path, tmp_path: Path) -> None:
