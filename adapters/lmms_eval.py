@@ -79,6 +79,7 @@ class LmmsEvalModel(lmms):  # type: ignore[misc] # lmms-eval has no types
         max_new_tokens: for a task that names none (TextVQA), as in lmms-eval's own models.
         chat_template: in the place of the processor's; a template or a file that holds one.
         system_prompt: a first message; text or a file that holds it.
+        blocks: False leaves the adapter's blocks out, and keeps its projector and with that the number of tokens.
         ttft: also measure the time to the first token, of whole batches.
 
     Raises:
@@ -103,6 +104,7 @@ class LmmsEvalModel(lmms):  # type: ignore[misc] # lmms-eval has no types
         max_new_tokens: int = 1024,
         chat_template: str | None = None,
         system_prompt: str = "",
+        blocks: bool = True,
         ttft: bool = False,
     ) -> None:
         super().__init__()
@@ -121,8 +123,11 @@ class LmmsEvalModel(lmms):  # type: ignore[misc] # lmms-eval has no types
                 adapter_follows=adapter is not None,
             )
             self.processor = AutoProcessor.from_pretrained(processor or pretrained, revision=revision)
+        if not blocks and adapter is None:
+            raise ValueError("blocks=False: there is no adapter whose blocks could be left out")
         if adapter is not None:
             load_vision_remember(self.model, adapter, self.processor)
+            find_attachment(self.model).enabled = blocks  # type: ignore[union-attr] # it was attached just now
         self.model.eval()
         self.records: dict[str, TaskRecord] = {}
         self._names = {

@@ -133,6 +133,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         max_new_tokens=arguments.max_new_tokens,
         chat_template=arguments.chat_template,
         system_prompt=arguments.system_prompt,
+        blocks=not arguments.no_blocks,
         ttft=arguments.ttft,
     )
     report = evaluate(
@@ -158,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--pretrained", required=True, help="base model: hub id or folder")
     add("--adapter", help="Vision Remember adapter: folder or hub id; without one the base model runs plain")
+    add("--no-blocks", action="store_true", help="the adapter's projector without its blocks")
     add("--revision", help="of the base model")
     add("--tasks", default="paper", help="'paper' for all 13, or benchmarks, groups or lmms-eval tasks, by comma")
     add("--data", type=Path, help="folder of <task>.parquet to read instead of the hub")

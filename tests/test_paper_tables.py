@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from benchmarks.official_tasks import BENCHMARKS
 from benchmarks.paper_tables import (
     COLUMNS,
     COLUMNS_TABLE_3,
@@ -111,3 +114,10 @@ def test_impossible_scores_are_refused(scores: dict[str, float], message: str) -
 def test_groups_that_are_not_the_papers_are_refused() -> None:
     with pytest.raises(ValueError, match="groups General: expected General, Knowledge"):
         average_of_groups({"General": 50.0})
+
+
+def test_the_page_lists_the_benchmarks_as_they_run() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for benchmark in BENCHMARKS.values():
+        cells = benchmark.name, benchmark.group, f"`{benchmark.task}`", f"`{benchmark.metric}`", benchmark.measures
+        assert f"| {' | '.join(cells)} |" in page

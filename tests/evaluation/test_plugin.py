@@ -238,6 +238,17 @@ def test_model_args_load_base_model_and_adapter(saved: tuple[Path, Path, list[st
     assert lm.device == torch.device("cpu")
 
 
+def test_blocks_can_be_left_out_of_an_adapter(saved: tuple[Path, Path, list[str]]) -> None:
+    base, adapter, expected = saved
+    lm = LmmsEvalModel(str(base), str(adapter), device="cpu", blocks=False)
+    lm.task_dict = {"seen": {"test": range(100)}}
+    model, processor = small_model(remember=False)
+    without = [by_hand(model, processor, i) for i in range(4)]
+    assert [answer.text for answer in lm.generate_until([request(i) for i in range(4)])] == without != expected
+    assert lm.records["seen"].vision_tokens == [16, 32, 0, 16]
+    assert lm.settings()["enabled"] is False
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [

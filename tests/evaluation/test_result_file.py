@@ -174,6 +174,7 @@ def test_a_result_file_is_not_replaced_by_accident(
         (["--limit", "0"], "--limit 0: expected at least one document"),
         (["--baseline", "{folder}/nothing.json"], "nothing.json"),
         (["--baseline", "{folder}/base/config.json"], "expected a result file with format 1, got None"),
+        (["--no-blocks"], "blocks=False: there is no adapter whose blocks could be left out"),
         (["--dtype", "int4"], "dtype='int4': expected auto, float32"),
     ],
 )
