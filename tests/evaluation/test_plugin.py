@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks.evaluation import evaluate
 from benchmarks.local_tasks import rows, write_parquet
 from benchmarks.official_tasks import BENCHMARKS
-from tests.evaluation.models import TEMPLATE, small_model
+from tests.evaluation.models import TEMPLATE, small_model, tiled_model
 from vision_remember import detach_vision_remember
 from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.handle import VisionRememberHandle
@@ -73,6 +73,17 @@ def test_answers_are_those_of_single_calls(small: Any, batch_size: int, args: in
     expected = [by_hand(*small, i) for i in indices]
     assert [answer.text for answer in answers] == expected
     assert len(set(expected)) > 1
+
+
+def test_tiles_of_several_sizes_fit_into_one_batch() -> None:
+    model, processor = tiled_model()
+    lm, indices = plugged(model, processor, batch_size=4), [0, 1, 2, 20]
+    answers = [answer.text for answer in lm.generate_until([request(i) for i in indices])]
+    assert answers == [by_hand(model, processor, i) for i in indices]
+    assert len(set(answers)) > 1
+    one, two, none, wide = lm.records["seen"].vision_tokens
+    assert none == 0 < one < two
+    assert wide != one
 
 
 def test_vision_remember_changes_the_answers(small: Any) -> None:
