@@ -41,10 +41,13 @@ def evaluate(
 
     Raises:
         FileNotFoundError: local data are not there.
+        ValueError: a limit that cannot be.
     """
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
+    benchmarks = list(benchmarks)
+    _check_limit(limit, benchmarks)
     tasks = {benchmark.task if data is None else benchmark.local_task: benchmark for benchmark in benchmarks}
     include = None
     if data is not None:
@@ -72,6 +75,16 @@ def evaluate(
         return None
     settings = model.settings() if hasattr(model, "settings") else {"model_class": type(model).__name__}
     return result_file.build(results, tasks, settings, {task: record.to_dict() for task, record in records.items()})
+
+
+def _check_limit(limit: int | None, benchmarks: Iterable[Benchmark]) -> None:
+    """Raises ValueError for a limit that no task, or not all of them, can be scored with."""
+    if limit is None:
+        return
+    if limit < 1:
+        raise ValueError(f"limit={limit}: expected at least one document")
+    if limit % 2 and "MME-P" in [benchmark.name for benchmark in benchmarks]:
+        raise ValueError(f"limit={limit}: MME-P is scored in pairs of questions; choose an even number")
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -115,8 +128,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if output.exists() and not arguments.overwrite:
         raise FileExistsError(f"{output} is there already: name another --output, or pass --overwrite")
     baseline = None if arguments.baseline is None else result_file.read(arguments.baseline)
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ValueError(f"--limit {arguments.limit}: expected at least one document")
+    _check_limit(arguments.limit, benchmarks)
     output.parent.mkdir(parents=True, exist_ok=True)
 
     from vision_remember.adapters.lmms_eval import LmmsEvalModel

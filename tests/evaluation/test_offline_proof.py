@@ -8,6 +8,7 @@ from typing import Any
 
 import lmms_eval.tasks
 import pytest
+from lmms_eval.tasks import TaskManager
 
 from benchmarks import offline_proof
 from benchmarks.evaluation import evaluate
@@ -109,6 +110,12 @@ def test_rows_hold_nothing_that_their_task_does_not_read() -> None:
         code = "".join(file.read_text() for file in files if file.is_file() and file.suffix != ".ttf")
         for column in set(benchmark.columns) - {"image_1"}:  # MMMU's prompt names its pictures
             assert re.search(rf"[\"']{column}[\"']", code), (benchmark.name, column)
+
+
+def test_the_tasks_are_those_that_lmms_eval_lists() -> None:
+    known, folder = TaskManager("WARNING").task_index, Path(lmms_eval.tasks.__file__).parent
+    for benchmark in BENCHMARKS.values():
+        assert Path(known[benchmark.task]["yaml_path"]) == folder / benchmark.file
 
 
 def test_tasks_write_into_their_folder_alone(

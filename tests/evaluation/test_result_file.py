@@ -171,7 +171,8 @@ def test_a_result_file_is_not_replaced_by_accident(
     ("arguments", "message"),
     [
         (["--tasks", "gqa,mme,sqa"], "unknown benchmark 'sqa'"),
-        (["--limit", "0"], "--limit 0: expected at least one document"),
+        (["--limit", "0"], "limit=0: expected at least one document"),
+        (["--limit", "3"], "limit=3: MME-P is scored in pairs of questions"),
         (["--baseline", "{folder}/nothing.json"], "nothing.json"),
         (["--baseline", "{folder}/base/config.json"], "expected a result file with format 1, got None"),
         (["--no-blocks"], "blocks=False: there is no adapter whose blocks could be left out"),
