@@ -225,6 +225,15 @@ def test_requirements(metadata: Message) -> None:
     assert not [line for line in requires if line.startswith("torchvision")]
 
 
+@pytest.mark.parametrize("which", ["wheel", "sdist wheel"])
+def test_lmms_eval_can_find_its_plugin(built: dict[str, Path], which: str) -> None:
+    with zipfile.ZipFile(built[which]) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
+        lines = wheel.read(name).decode().splitlines()
+    place = lines.index("[lmms_eval.models]")
+    assert lines[place + 1] == "vision_remember = vision_remember.adapters.lmms_eval_entry:manifest"
+
+
 def test_licence_is_shipped(built: dict[str, Path], metadata: Message) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     with zipfile.ZipFile(built["wheel"]) as wheel:
