@@ -20,6 +20,7 @@ RUN_BY_OTHERS = {
     "docs/training.md": "test_training_page.py",
     "docs/analysis.md": "test_analysis_page.py",
     "docs/extending.md": "test_extending_page.py",
+    "docs/evaluation.md": "evaluation/test_plugin.py",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -320,3 +321,19 @@ def test_videos_and_other_kinds_of_task_are_refused(small: Any) -> None:
         lm.loglikelihood([request(0)])
     with pytest.raises(NotImplementedError, match="tasks seen: this asks in several rounds"):
         lm.generate_until_multi_round([request(0)])
+
+
+def test_the_example_of_the_page_runs(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the download of the task: lmms-eval's loop over local tasks is tested above."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+
+    def answer(model: Any, tasks: list[str]) -> list[str]:
+        assert tasks == ["gqa"]
+        model.task_dict = {"seen": {"test": range(100)}}
+        return [answer.text for answer in model.generate_until([request(index) for index in range(2)])]
+
+    monkeypatch.setattr("lmms_eval.evaluator.simple_evaluate", answer)
+    names = {"model": small[0], "processor": small[1]}
+    exec(compile(code, "docs/evaluation.md", "exec"), names)
+    assert names["results"] == [by_hand(*small, index) for index in range(2)]
