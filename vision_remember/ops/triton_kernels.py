@@ -1,9 +1,9 @@
 """The Triton kernels of local attention. Importing this module imports triton; its caller does so when first needed.
 
-All three work on tiles of pairs: some queries times some of the cells they see, or, for the gradients of keys and values,
-some cells times some of the queries that see them. A region holds few cells, four with the usual ratio, so the products are
-sums over channels in float32 and not matrix products: a tensor core's smallest tile is mostly padding here, and the time
-goes into reading keys and values, which are read where they lie in the raster.
+All three work on tiles of pairs: some queries times some of the cells they see, or, for the gradients of keys and
+values, some cells times some of the queries that see them. A region holds few cells, four with the usual ratio, so the
+products are sums over channels in float32, not matrix products: a tensor core's smallest tile would be mostly padding,
+and the time goes into reading keys and values, which are read where they lie in the raster.
 
 Queries are counted by *slots*: block after block, the k*k places of each. A smaller last block leaves some slots empty.
 The cells of a region are counted in a frame as large as the largest region, level after level, which is the order of a
@@ -17,6 +17,11 @@ import triton.language as tl
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether Triton's interpreter runs the kernels, on any device: TRITON_INTERPRET=1 was set."""
+
+# One compiled kernel serves all grids: images come in many sizes.
+_COUNTS = ["heads", "h", "w", "H", "W", "window", "levels", "slots", "blocks_across", "frame_rows", "frame_columns"]
+_any_grid = triton.jit(do_not_specialize=[*_COUNTS, "bias_slots"])
+_any_grid_and_span = triton.jit(do_not_specialize=[*_COUNTS, "bias_slots", "span_rows", "span_columns"])
 
 
 @triton.jit
@@ -77,7 +82,7 @@ def _framed_cells(place, block_row, block_column, h, w, H, W, window, levels, fr
     return cell, there
 
 
-@triton.jit
+@_any_grid
 def forward_kernel(
     query,
     key,
@@ -141,11 +146,12 @@ def forward_kernel(
             weights *= tl.load(saliency + image * levels * H * W + cell, mask=there, other=0.0).to(tl.float32)
         read = read * shrink[:, None] + tl.sum(weights[:, :, None] * v, 1)
         highest = higher
+    total = tl.where(exists, total, 1.0)
     _write(out, index, out_row, exists, read / total[:, None], DV, DV_PADDED)
-    tl.store(lse + image_head * slots + slot, highest + tl.log(total), mask=exists)
+    tl.store(lse + image_head * slots + slot, tl.where(exists, highest + tl.log(total), 0.0), mask=slot < slots)
 
 
-@triton.jit
+@_any_grid
 def query_gradient_kernel(
     query,
     key,
@@ -223,7 +229,7 @@ def query_gradient_kernel(
     _write(grad_query, index, grad_query_row, exists, gq * scale, D, D_PADDED)
 
 
-@triton.jit
+@_any_grid_and_span
 def cell_gradient_kernel(
     query,
     key,
