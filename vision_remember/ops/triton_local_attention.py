@@ -363,9 +363,9 @@ def _options(query: Tensor, value: Tensor, saliency: Tensor | None, bias: Tensor
 
 def _tile(count: int, partners: int, options: dict[str, Any]) -> tuple[int, int]:
     """How many queries (or cells) one program takes, and how many of their cells (or queries) at a time."""
-    step = min(_power_of_two(partners), _MOST_PARTNERS)
-    together = _TILE // (step * max(options["D_PADDED"], options["DV_PADDED"]))
-    return min(max(together, 1), _power_of_two(count)), step
+    pairs = max(_TILE // max(options["D_PADDED"], options["DV_PADDED"]), 1)
+    step = min(_power_of_two(partners), _MOST_PARTNERS, pairs)
+    return min(pairs // step, _power_of_two(count)), step
 
 
 def _programs(query: Tensor, count: int, together: int) -> int:
