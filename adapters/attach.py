@@ -59,7 +59,7 @@ def attach_vision_remember(
     if find_attachment(model) is not None:
         raise RuntimeError("Vision Remember is attached to this model already; detach_vision_remember(model) first")
     warn_outside_the_windows()
-    _refuse_compiled(model)
+    refuse_compiled(model)
     if is_sharded(model):
         raise ValueError("this model is sharded already, and the blocks would not be: attach, then fully_shard")
     chosen = {name: tuple(value) for name, value in (("layers", layers), ("levels", levels)) if value is not None}
@@ -95,13 +95,14 @@ def default_levels(depth: int) -> tuple[int, ...]:
     return tuple(sorted(set(scale_levels(_PAPER_LEVELS, depth))))
 
 
-def _refuse_compiled(model: nn.Module) -> None:
+def refuse_compiled(model: nn.Module, newcomer: str = "Vision Remember") -> None:
+    """Raises ValueError for a model that is compiled already."""
     # Compiled code does not look at hooks that come later: the blocks would be ignored in silence.
     for name, module in model.named_modules():
         compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
         if compiled or "_compiled_call" in module.__dict__:
             raise ValueError(
-                f"{type(module).__name__} {name!r} is compiled already and would not notice Vision Remember: attach to "
+                f"{type(module).__name__} {name!r} is compiled already and would not notice {newcomer}: attach to "
                 "a freshly loaded model, then compile"
             )
 

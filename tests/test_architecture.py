@@ -42,6 +42,7 @@ ARROWS = {
     "ops": GROUND,
     "interactions": GROUND | {"ops"},
     "projectors": GROUND | {"ops"},
+    "pruning": GROUND,
     "saliency": GROUND | {"ops"},
     "remember": GROUND | {"ops", "interactions"},
 }
