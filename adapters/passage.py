@@ -143,9 +143,10 @@ class Passage:
             self._whole = self.cut.put(hidden, self._whole.to(hidden))
         places, filled = members_first(stays)
         places, order = places.sort(1)
-        self.cut = Cut(
-            columns.gather(1, places), None if min(counts) == max(counts) else filled.gather(1, order), self._length
-        )
+        left = columns.gather(1, places)
+        no_fillers = None if min(counts) == max(counts) else filled.gather(1, order)
+        tail = 0 if self._pruner.reads_prompt else _tail(left, no_fillers, self._length)
+        self.cut = Cut(left, no_fillers, self._length, tail)
         # Fillers are still true in `held` of the tokens that were there; what is left of the vision tokens is not.
         self._left = torch.zeros_like(self._left, device=device).scatter(1, columns, vision & kept.vision)
         return kept.hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -158,3 +159,10 @@ def members_first(members: Tensor) -> tuple[Tensor, Tensor]:
     real = torch.arange(width, device=members.device) < counts[:, None]
     # Stable: members first, in order.
     return (~members).to(torch.uint8).argsort(dim=1, stable=True)[:, :width], real
+
+
+def _tail(columns: Tensor, held: Tensor | None, length: int) -> int:
+    """How many of the last columns are tokens in every row and follow one another to the sequence's end."""
+    distance = torch.arange(columns.shape[1] - 1, -1, -1, device=columns.device)
+    whole = (columns == length - 1 - distance) if held is None else (columns == length - 1 - distance) & held
+    return int(whole.all(0).flip(0).cumprod(0).sum())

@@ -40,13 +40,14 @@ class PrunedLayer(DynamicLayer):
         pruned.tail = pruned.seen = layer.get_seq_length()
         return pruned
 
-    def advance(self, columns: Tensor | None, held: Tensor | None, length: int) -> None:
+    def advance(self, columns: Tensor | None, held: Tensor | None, length: int, tail: int = 0) -> None:
         """Notes what the layer is about to store of ``length`` more tokens.
 
         Args:
             columns: (B, m), their places among the ``length``; None if all are stored.
             held: (B, m), which of these are tokens; None if all are.
             length: of the sequence before any were dropped.
+            tail: how many of the last of them are tokens in every row, and follow one another.
         """
         if columns is None:
             self.tail += length
@@ -55,7 +56,9 @@ class PrunedLayer(DynamicLayer):
             if self.held is not None or held is not None:
                 self.held = torch.cat([_or_all(self.held, known), _or_all(held, columns)], dim=1)
             self.columns = torch.cat([known, columns + self.seen], dim=1)
-            self.tail = 0
+            self.columns = self.columns[:, : self.columns.shape[1] - tail]
+            self.held = None if self.held is None else self.held[:, : self.columns.shape[1]]
+            self.tail = tail
         self.seen += length
 
     def places(self) -> Tensor:
@@ -76,7 +79,8 @@ class PrunedLayer(DynamicLayer):
         count = abs(tokens_to_remove)
         if count > self.tail:
             raise ValueError(
-                f"cannot take {count} tokens back from a cache in which all but the last {self.tail} were pruned"
+                f"cannot take {count} tokens back from a cache where the tokens that stay were chosen by them, all but "
+                f"the last {self.tail}: assisted decoding and prompt lookup go with pruners that do not read the prompt"
             )
         super().crop(tokens_to_remove)
         self.tail -= count

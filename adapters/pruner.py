@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from vision_remember.adapters.attach import refuse_compiled
 from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.decoder_queries import check_readable
+from vision_remember.adapters.encoder_pruning import AttentionAttachment
 from vision_remember.adapters.pruner_attachment import PrunerAttachment, find_pruner
 from vision_remember.adapters.resolve import HostParts, model_type_of, resolve
 from vision_remember.adapters.spec import MLLMSpec
+from vision_remember.adapters.tome_in_encoder import ToMeAttachment, check_merging
 from vision_remember.adapters.versions import warn_outside_the_windows
-from vision_remember.pruning import DecoderPruner, Pruner, build_pruner
+from vision_remember.pruning import DecoderPruner, EncoderPruner, Pruner, ToMe, build_pruner
 
 CUTTABLE = ("cohere", "llama", "phi", "phi3", "qwen2", "qwen3", "smollm3")
 """Decoders whose layers need nothing of a token but its state, its position and its place in the mask."""
@@ -54,7 +57,7 @@ def attach_pruner(model: nn.Module, name: str, *, spec: MLLMSpec | None = None, 
     refuse_compiled(model, "a pruner")
     parts = resolve(model, spec)
     _check(parts, pruner)
-    attachment = PrunerAttachment(parts, name, pruner)
+    attachment = _attachment(parts, name, pruner)
     attachment.install()
     return PrunerHandle(attachment)
 
@@ -108,6 +111,14 @@ class PrunerHandle:
         return "\n".join([f"pruner {own.name}", *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
+def _attachment(parts: HostParts, name: str, pruner: Pruner) -> PrunerAttachment:
+    if isinstance(pruner, ToMe):
+        return ToMeAttachment(parts, name, pruner)
+    if isinstance(pruner, EncoderPruner):
+        return AttentionAttachment(parts, name, pruner)
+    return PrunerAttachment(parts, name, pruner)
+
+
 def _check(parts: HostParts, pruner: Pruner) -> None:
     """Raises ValueError unless tokens can be dropped in this host by this pruner."""
     model_type = model_type_of(parts.decoder)
@@ -121,14 +132,47 @@ def _check(parts: HostParts, pruner: Pruner) -> None:
         raise ValueError(
             f"this decoder has layers of {', '.join(sorted(kinds))}; a pruner needs layers that attend to everything"
         )
-    assert isinstance(pruner, DecoderPruner)
-    stages = pruner.stages(len(parts.layers))
-    if any(stage.attention_of is not None for stage in stages):
-        check_readable(model_type)
+    if isinstance(pruner, DecoderPruner):
+        stages = pruner.stages(len(parts.layers))
+        if any(stage.attention_of is not None for stage in stages):
+            check_readable(model_type)
+    else:
+        _check_encoder(parts)
+        if isinstance(pruner, EncoderPruner):
+            _check_choice(parts, pruner)
+        if isinstance(pruner, ToMe):
+            check_merging(parts, pruner)
+
+
+def _check_encoder(parts: HostParts) -> None:
+    """Raises ValueError unless the encoder shows which of its tokens matter, and the projector makes one of each."""
+    host, spec = type(parts.model).__name__, parts.encoder_spec
+    advice = "use a pruner of the decoder, as fastv"
+    if parts.feature_grid is None or parts.token_grid is None or spec.order != "raster" or parts.projector is None:
+        raise ValueError(f"{host} has no fixed grid of image tokens for a pruner of the encoder: {advice}")
+    if not spec.has_attention:
+        raise ValueError(f"the attention of {type(parts.encoder).__name__} cannot be read: {advice}")
+    if hasattr(parts.projector, "out_grid"):
+        raise ValueError(
+            "compress_projector has made this host's tokens fewer already: restore() that first, or " + advice
+        )
+    if "mm_encoder_outputs" not in inspect.signature(type(parts.base).forward).parameters:
+        raise ValueError(f"{host} takes no images that were encoded ahead: {advice}")
+
+
+def _check_choice(parts: HostParts, pruner: EncoderPruner) -> None:
+    assert parts.token_grid is not None
+    if pruner.needs_cls and parts.encoder_spec.cls_token is None:
+        raise ValueError(
+            f"this pruner goes by the CLS token, and {type(parts.encoder).__name__} has none: faster_vlm and "
+            "vision_zip take the attention that all patches pay"
+        )
+    pruner.check(parts.token_grid[0] * parts.token_grid[1])
 
 
 def _where(own: PrunerAttachment) -> str:
-    assert isinstance(own.pruner, DecoderPruner)
+    if not isinstance(own.pruner, DecoderPruner):
+        return "before decoder layer 0, as chosen in the vision encoder"
     layers = ", ".join(str(stage.layer) for stage in own.pruner.stages(own.depth))
     return f"before decoder layers {layers}"
 

@@ -33,7 +33,8 @@ NAME = "vision_pruning"
 SLOT = "_vision_pruner"
 """Where a base keeps its pruner."""
 
-_FEATURES = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+FEATURES = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+"""The arguments that may hold raw pixels, by modality."""
 
 
 class PrunerAttachment:
@@ -93,13 +94,19 @@ class PrunerAttachment:
         kwargs = {**named, **kwargs}
         # Not by the tokens alone: a decoder may make up a placeholder while it generates.
         encoded = kwargs.get("mm_encoder_outputs") or {}
-        if not any(value is not None for value in (*encoded.values(), *(kwargs.get(name) for name in _FEATURES))):
+        raw = [kwargs.get(name) for names in FEATURES.values() for name in names]
+        if not any(value is not None for value in (*encoded.values(), *raw)):
             return None
-        assert isinstance(self.pruner, DecoderPruner)
-        _refuse_chunks(encoded)
         vision = torch.stack([placeholders(base, kwargs, token) for token in self._tokens]).any(0)
-        passage = Passage(self.pruner, self.depth, vision, _padding(kwargs.get("attention_mask")), self._report)
+        plan = self._plan(base, kwargs)
+        passage = Passage(plan, self.depth, vision, _padding(kwargs.get("attention_mask")), self._report)
         return (), {**kwargs, NAME: passage}
+
+    def _plan(self, base: nn.Module, kwargs: dict[str, Any]) -> DecoderPruner:
+        """What is to be dropped of a call; may change its keywords."""
+        assert isinstance(self.pruner, DecoderPruner)
+        _refuse_chunks(kwargs.get("mm_encoder_outputs") or {})
+        return self.pruner
 
     def _report(self, given: Tensor) -> None:
         self.last = given
@@ -132,7 +139,10 @@ class BeforeLayer:
         if cut is not None or stored is not None:
             kwargs = shortened(layer, kwargs, cut, stored, length)
         if stored is not None:
-            stored.advance(None if cut is None else cut.columns, None if cut is None else cut.held, length)
+            if cut is None:
+                stored.advance(None, None, length)
+            else:
+                stored.advance(cut.columns, cut.held, length, cut.tail)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 

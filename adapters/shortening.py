@@ -24,11 +24,13 @@ class Cut:
             ones.
         held: (B, m), which of them are left, not fillers; None if all are.
         length: S.
+        tail: how many of the last of them may be taken back: tokens in every row, that nothing depends on.
     """
 
     columns: Tensor
     held: Tensor | None
     length: int
+    tail: int = 0
 
     def take(self, values: Tensor) -> Tensor:
         """(B or 1, S, ...) -> (B, m, ...)."""

@@ -19,9 +19,22 @@ Choose = Callable[[int, Tensor, Tensor, int], list[int]]
 """(stage, attention (heads, S, S) of a row, places of its vision tokens, how many there were) -> those that stay."""
 
 
+Changes = dict[tuple[int, int], Tensor]
+"""(row, place) -> the state that a token is given."""
+
+
 @contextmanager
-def hidden_from(model: Any, padding: Tensor, alive: dict[int, Tensor]) -> Iterator[None]:
-    """Inside the ``with``, from each layer in ``alive`` on only those (B, S) are looked at."""
+def hidden_from(
+    model: Any, padding: Tensor, alive: dict[int, Tensor], changed: dict[int, Changes] | None = None
+) -> Iterator[None]:
+    """Inside the ``with``, from each layer in ``alive`` on only those (B, S) are looked at.
+
+    Args:
+        model: the host without a pruner.
+        padding: (B, S), what is not padding.
+        alive: by layer.
+        changed: states that are changed in front of a layer.
+    """
     layers = model.model.language_model.layers
     handles = []
 
@@ -34,7 +47,10 @@ def hidden_from(model: Any, padding: Tensor, alive: dict[int, Tensor]) -> Iterat
             # Whatever is hidden sees itself: what comes of it is of no interest, but must be a number.
             mask = (causal & seen[:, None, :]) | torch.eye(seen.shape[1], dtype=torch.bool)
             additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[:, None]
-            return args, {**kwargs, "attention_mask": additive.to(args[0])}
+            hidden = args[0].clone()
+            for (row, place), state in (changed or {}).get(index, {}).items():
+                hidden[row, place] = state.to(hidden)
+            return (hidden, *args[1:]), {**kwargs, "attention_mask": additive.to(hidden)}
 
         return before
 
@@ -47,11 +63,17 @@ def hidden_from(model: Any, padding: Tensor, alive: dict[int, Tensor]) -> Iterat
             handle.remove()
 
 
-def run(model: Any, inputs: dict[str, Any], alive: dict[int, Tensor], **more: Any) -> Any:
+def run(
+    model: Any,
+    inputs: dict[str, Any],
+    alive: dict[int, Tensor],
+    changed: dict[int, Changes] | None = None,
+    **more: Any,
+) -> Any:
     """One full forward pass from raw pixels, without a cache."""
     mask = inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    with torch.no_grad(), hidden_from(model, mask, alive):
+    with torch.no_grad(), hidden_from(model, mask, alive, changed):
         return model(**inputs, position_ids=positions, use_cache=False, **more)
 
 
@@ -87,12 +109,116 @@ def survivors(
     return alive
 
 
-def continued(model: Any, inputs: dict[str, Any], alive: dict[int, Tensor], steps: int) -> tuple[Tensor, Tensor]:
+Select = Callable[[Tensor, Tensor, Tensor], tuple[list[int], dict[int, Tensor]]]
+"""(attention (n,), keys (n, heads, d), features (n, C)) of a tile's tokens -> those that stay, and those rewritten."""
+
+
+@contextmanager
+def rewritten(model: Any, inputs: dict[str, Any], select: Select, *, heads: bool = True) -> Iterator[dict[int, Tensor]]:
+    """Inside the ``with`` the projector makes what ``select`` leaves; gives which (B, S) positions are alive.
+
+    Args:
+        model: the host without a pruner.
+        inputs: of the call.
+        select: the algorithm, for one tile.
+        heads: the attention is the mean over heads of the encoder's own; otherwise it is computed over the full width.
+    """
+    with laid_out(model, inputs, *_selections(model, inputs, select, heads)) as alive:
+        yield alive
+
+
+@contextmanager
+def laid_out(model: Any, inputs: dict[str, Any], keeps: Tensor, outputs: Tensor) -> Iterator[dict[int, Tensor]]:
+    """Inside the ``with`` the projector makes (T, n, D) ``outputs``; gives where ``keeps`` (T, n) is alive."""
+    base = model.model
+    marks = keeps[..., None].float().expand_as(outputs)
+    images = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_sizes")}
+    projector = base.multi_modal_projector
+    # Newlines are neither one nor zero.
+    handle = projector.register_forward_hook(lambda *_: marks)
+    with torch.no_grad():
+        packed = torch.cat(list(base.get_image_features(**images).pooler_output))
+    handle.remove()
+    alive = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    alive[inputs["input_ids"] == IMAGE_TOKEN] = (packed != 0).any(-1)
+    handle = projector.register_forward_hook(lambda *_: outputs)
+    try:
+        yield {0: alive}
+    finally:
+        handle.remove()
+
+
+def _selections(model: Any, inputs: dict[str, Any], select: Select, heads: bool) -> tuple[Tensor, Tensor]:
+    """(T, n) the tokens that stay, (T, n, D) what the projector makes of what is left."""
+    base = model.model
+    tower, depth = base.vision_tower, model.config.vision_config.num_hidden_layers
+    level = depth + 1 + model.config.vision_feature_layer
+    names = (f"encoder.layers.{level - 1}", f"encoder.layer.{level - 1}", f"layers.{level - 1}")
+    block: Any = next(module for name, module in tower.named_modules() if name in names)
+    attention = getattr(block, "self_attn", None) or block.attention
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, pick: Callable[[Any, Any], Tensor]) -> Callable[..., None]:
+        return lambda module, args, output: seen.update({name: pick(args, output)})
+
+    handles = [
+        attention.register_forward_hook(keep("weights", lambda args, output: output[1])),
+        base.multi_modal_projector.register_forward_hook(keep("features", lambda args, output: args[0])),
+    ]
+    for which in ("q", "k"):
+        module = getattr(attention, f"{which}_norm", None) or getattr(attention, f"{which}_proj")
+        handles.append(module.register_forward_hook(keep(which, lambda args, output: output)))
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    images = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_sizes")}
+    with torch.no_grad():
+        base.get_image_features(**images)
+    model.set_attn_implementation(implementation)
+    for handle in handles:
+        handle.remove()
+    count = attention.num_heads
+    keeps, lefts = [], []
+    for tile, features in enumerate(seen["features"]):
+        row = seen["weights"][tile].mean(0)[0, 1:]
+        if not heads:
+            query, keys = seen["q"][tile, 0].double(), seen["k"][tile].double()
+            row = (keys @ query / query.shape[-1] ** 0.5).softmax(0)[1:]
+        own = seen["k"][tile, 1:].unflatten(-1, (count, -1))
+        stay, changed = select(_over_cells(row, len(features)), _over_cells(own, len(features)), features)
+        left = features.clone()
+        for place, value in changed.items():
+            left[place] = value.to(left)
+        keeps.append(torch.tensor([place in stay for place in range(len(features))]))
+        lefts.append(left)
+    with torch.no_grad():
+        return torch.stack(keeps), base.multi_modal_projector(torch.stack(lefts))
+
+
+def _over_cells(values: Tensor, tokens: int) -> Tensor:
+    """(N, ...) of patches -> (n, ...) of tokens that stand for squares of them."""
+    side, half = round(len(values) ** 0.5), round(tokens**0.5)
+    by = side // half
+    raster = values.reshape(side, side, -1)
+    rows = [
+        raster[i * by : (i + 1) * by, j * by : (j + 1) * by].flatten(0, 1).mean(0)
+        for i in range(half)
+        for j in range(half)
+    ]
+    return torch.stack(rows).reshape(tokens, *values.shape[1:])
+
+
+def continued(
+    model: Any,
+    inputs: dict[str, Any],
+    alive: dict[int, Tensor],
+    steps: int,
+    changed: dict[int, Changes] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Greedy decoding by full forwards: (B, steps) tokens and (B, steps, vocabulary) logits. Dropped is dropped."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     tokens, scores = [], []
     for _ in range(steps):
-        out = run(model, {**inputs, "input_ids": ids, "attention_mask": mask}, alive).logits[:, -1]
+        out = run(model, {**inputs, "input_ids": ids, "attention_mask": mask}, alive, changed).logits[:, -1]
         scores.append(out)
         tokens.append(out.index_fill(1, torch.tensor([IMAGE_TOKEN]), -torch.inf).argmax(-1, keepdim=True))
         ids = torch.cat([ids, tokens[-1]], 1)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from tests import pruning_oracle as oracle
+from tests import pruning_reference as reference
 from tests.fingerprint import Fingerprint
 from tests.hosts import IMAGE_TOKEN
 from tests.pruning_hosts import DECODERS, HOSTS, build, logits, prompt, row_of
+from tests.pruning_reference import top
 from vision_remember import PRUNERS, attach_pruner
 
 STEPS = 4
@@ -25,26 +27,21 @@ GREEDY: dict[str, Any] = {
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
 
 SMALL: dict[str, dict[str, Any]] = {
+    "faster_vlm": {"keep": 0.3},
     "fastv": {},
+    "prumerge": {},
+    "prumerge_plus": {},
     "pyramid_drop": {},
     "random": {},
+    "sparse_vlm": {},
+    "tome": {},
     "uniform": {},
+    "vision_zip": {"dominant": 5, "contextual": 0.2},
 }
 """Options that fit the small hosts."""
 REFUSED = {("internvl", "tome")}
 
 every_host = pytest.mark.parametrize(("host", "decoder"), [(host, decoder) for host in HOSTS for decoder in DECODERS])
-
-
-def top(scores: Tensor, members: Tensor, count: int) -> list[int]:
-    """The members with the highest scores, one after the other."""
-    left = members.tolist()
-    stay: list[int] = []
-    for _ in range(count):
-        best = max(left, key=lambda place: float(scores[place]))
-        left.remove(best)
-        stay.append(best)
-    return stay
 
 
 def fastv(keep: float) -> oracle.Choose:
@@ -67,6 +64,19 @@ DECODER_SIDE: dict[str, tuple[dict[str, Any], list[tuple[int, int | None]], orac
         pyramid([0.5, 0.3, 0.1]),
     ),
 }
+
+
+def faster(attention: Tensor, keys: Tensor, features: Tensor) -> tuple[list[int], dict[int, Tensor]]:
+    return top(attention, torch.arange(len(attention)), round(0.3 * len(attention))), {}
+
+
+ENCODER_SIDE: dict[str, tuple[dict[str, Any], oracle.Select, bool]] = {
+    "faster_vlm": ({"keep": 0.3}, faster, True),
+    "vision_zip": ({"dominant": 5, "contextual": 3}, reference.vision_zip(5, 3), True),
+    "prumerge": ({"neighbours": 6}, reference.prumerge(6, spread=False), False),
+    "prumerge_plus": ({"neighbours": 6}, reference.prumerge(6, spread=True), False),
+}
+every_encoder_pruner = pytest.mark.parametrize("name", ENCODER_SIDE)
 every_reader = pytest.mark.parametrize("name", DECODER_SIDE)
 
 
@@ -106,6 +116,30 @@ def test_generating_with_a_cache_equals_hiding_in_full_forwards(host: str, decod
     assert torch.equal(out.sequences[:, -STEPS:], tokens)
 
 
+@every_encoder_pruner
+@every_host
+def test_choosing_in_the_encoder_equals_hiding_what_was_not_chosen(host: str, decoder: str, name: str) -> None:
+    model = build(host, decoder)
+    inputs = prompt(model)
+    options, select, heads = ENCODER_SIDE[name]
+    with oracle.rewritten(model, inputs, select, heads=heads) as alive:
+        wanted = oracle.run(model, inputs, alive).logits
+        tokens, steps = oracle.continued(model, inputs, alive, STEPS)
+    before = logits(model, inputs)
+    handle = attach_pruner(model, name, **options)
+    found = logits(model, inputs)
+    here = alive[0] & inputs["attention_mask"].bool()
+    torch.testing.assert_close(found[here], wanted[here], **CLOSE)
+    assert not torch.allclose(found[:2, -1], before[:2, -1], atol=1e-2)
+    torch.testing.assert_close(found[2][here[2]], before[2][here[2]], **CLOSE)
+    vision = inputs["input_ids"] == IMAGE_TOKEN
+    assert handle.tokens_per_layer is not None
+    assert torch.equal(handle.tokens_per_layer, (alive[0] & vision).sum(1).expand(4, -1))
+    out = model.generate(**inputs, **GREEDY)
+    torch.testing.assert_close(torch.stack(out.logits, 1), steps, **CLOSE)
+    assert torch.equal(out.sequences[:, -STEPS:], tokens)
+
+
 @every_reader
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("host", HOSTS)
@@ -125,7 +159,7 @@ def test_a_batch_equals_its_rows_one_by_one(host: str, padding: str, name: str) 
 @pytest.mark.parametrize("host", HOSTS)
 def test_detach_gives_the_host_back(host: str, name: str) -> None:
     if (host, name) in REFUSED:
-        pytest.skip("refused, see test_tome_needs_a_token_for_each_patch")
+        pytest.skip("refused, as test_tome_needs_a_token_for_each_patch shows")
     model = build(host)
     inputs = prompt(model)
     before = logits(model, inputs)

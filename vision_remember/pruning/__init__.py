@@ -16,17 +16,28 @@ from vision_remember.pruning.base import (
     Tokens,
 )
 from vision_remember.pruning.controls import Random, Uniform
+from vision_remember.pruning.faster_vlm import FasterVLM
 from vision_remember.pruning.fastv import FastV
+from vision_remember.pruning.prumerge import PruMerge, PruMergePlus
 from vision_remember.pruning.pyramid_drop import PyramidDrop
+from vision_remember.pruning.sparse_vlm import SparseVLM
+from vision_remember.pruning.tome import ToMe
+from vision_remember.pruning.vision_zip import VisionZip
 from vision_remember.registry import Registry, did_you_mean
 
 PRUNERS: Registry[type[Pruner]] = Registry(
     "pruner",
     {
+        "faster_vlm": FasterVLM,
         "fastv": FastV,
+        "prumerge": PruMerge,
+        "prumerge_plus": PruMergePlus,
         "pyramid_drop": PyramidDrop,
         "random": Random,
+        "sparse_vlm": SparseVLM,
+        "tome": ToMe,
         "uniform": Uniform,
+        "vision_zip": VisionZip,
     },
 )
 
@@ -55,13 +66,19 @@ __all__ = [
     "EncoderPruner",
     "Evidence",
     "FastV",
+    "FasterVLM",
     "Kept",
+    "PruMerge",
+    "PruMergePlus",
     "Pruner",
     "PyramidDrop",
     "Random",
     "Selection",
+    "SparseVLM",
     "Stage",
+    "ToMe",
     "Tokens",
     "Uniform",
+    "VisionZip",
     "build_pruner",
 ]

@@ -74,7 +74,7 @@ class Evidence:
 
     Attributes:
         attention: (T, n), attention that each token gets; see :attr:`EncoderPruner.heads`.
-        keys: (T, n, C), keys of the attention.
+        keys: (T, n, heads, d), keys of the attention.
         features: (T, n, C'), what the projector is about to read.
         grid: (h, w) of the n tokens.
     """
@@ -114,6 +114,8 @@ class DecoderPruner(Pruner):
     """Drops vision tokens between decoder layers."""
 
     where = "decoder"
+    reads_prompt: ClassVar[bool] = True
+    """Whether the choice depends on the text behind the images, so that none of it can be taken back."""
 
     @abstractmethod
     def stages(self, depth: int) -> tuple[Stage, ...]:
@@ -144,6 +146,8 @@ class EncoderPruner(Pruner):
     where = "encoder"
     heads: ClassVar[bool] = True
     """Whether the encoder's attention is a softmax for each head, averaged; otherwise one over the full width."""
+    needs_cls: ClassVar[bool] = False
+    """Whether it is the attention of a CLS token; otherwise, where there is none, that of all tokens will do."""
 
     @abstractmethod
     def select(self, evidence: Evidence) -> Selection:

@@ -37,6 +37,7 @@ class Random(DecoderPruner):
     seed: int = 0
 
     source: ClassVar[str] = "control"
+    reads_prompt = False
 
     def __post_init__(self) -> None:
         check_share("keep", self.keep)
@@ -67,6 +68,7 @@ class Uniform(DecoderPruner):
     layer: int = 0
 
     source: ClassVar[str] = "control"
+    reads_prompt = False
 
     def __post_init__(self) -> None:
         check_share("keep", self.keep)
