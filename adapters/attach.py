@@ -10,6 +10,7 @@ from torch import nn
 from vision_remember.adapters.attachment import NAME, Attachment, feature_dim, find_attachment
 from vision_remember.adapters.devices import offloaded_placement
 from vision_remember.adapters.handle import VisionRememberHandle
+from vision_remember.adapters.pruner_attachment import find_pruner
 from vision_remember.adapters.resolve import HostParts, block_placement, resolve
 from vision_remember.adapters.sharding import is_sharded
 from vision_remember.adapters.spec import MLLMSpec
@@ -54,10 +55,14 @@ def attach_vision_remember(
     Raises:
         ValueError: an unknown host, layers or levels that it does not have, an unknown option, a model that is
             compiled or sharded already, or whose weights are not loaded. The model is then as it was.
-        RuntimeError: Vision Remember is attached already.
+        RuntimeError: Vision Remember is attached already, or a pruner is.
     """
     if find_attachment(model) is not None:
         raise RuntimeError("Vision Remember is attached to this model already; detach_vision_remember(model) first")
+    if find_pruner(model) is not None:
+        raise RuntimeError(
+            "a pruner is attached to this model, and the blocks need every vision token; detach it first"
+        )
     warn_outside_the_windows()
     refuse_compiled(model)
     if is_sharded(model):

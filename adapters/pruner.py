@@ -127,7 +127,9 @@ def _check(parts: HostParts, pruner: Pruner) -> None:
             f"vision tokens can be dropped between the layers of {', '.join(CUTTABLE)}; the decoder of "
             f"{type(parts.model).__name__} is {model_type!r}"
         )
-    kinds = set(getattr(parts.decoder.config, "layer_types", None) or ()) - {"full_attention"}
+    config: Any = parts.decoder.config
+    windowed = {"sliding_attention"} if getattr(config, "sliding_window", None) is not None else set()
+    kinds = set(getattr(config, "layer_types", None) or windowed) - {"full_attention"}
     if kinds:
         raise ValueError(
             f"this decoder has layers of {', '.join(sorted(kinds))}; a pruner needs layers that attend to everything"
