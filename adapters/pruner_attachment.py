@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vision_remember.adapters.activation_checkpointing import HOOKS_STAY_OUTSIDE
 from vision_remember.adapters.devices import execution_device
 from vision_remember.adapters.passage import Passage
 from vision_remember.adapters.pruned_cache import pruned_layer
@@ -132,6 +133,7 @@ class BeforeLayer:
         cache = kwargs.get("past_key_values")
         length = hidden.shape[1]
         if passage is not None:
+            _refuse_replay(layer)
             length = passage.length
             hidden = passage.enter(self.index, layer, hidden, kwargs, lambda: _stored(cache, layer))
         cut = None if passage is None else passage.cut
@@ -162,6 +164,15 @@ def find_pruner(model: nn.Module) -> PrunerAttachment | None:
         if SLOT in module.__dict__:
             return module.__dict__[SLOT]
     return None
+
+
+def _refuse_replay(layer: nn.Module) -> None:
+    """Raises RuntimeError if the layer's hooks would run again in the backward pass, when the tokens are gone."""
+    if not HOOKS_STAY_OUTSIDE and getattr(layer, "gradient_checkpointing", False) and layer.training:
+        raise RuntimeError(
+            "before transformers 5.23, activation checkpointing runs a pruner's hooks again in the backward pass: "
+            "switch it off or update transformers"
+        )
 
 
 def _stored(cache: Any, layer: nn.Module) -> Any:
