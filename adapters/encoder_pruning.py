@@ -25,6 +25,7 @@ from vision_remember.adapters.encoder_attention import over_tokens, patch_attent
 from vision_remember.adapters.encoding import Encoding
 from vision_remember.adapters.pruner_attachment import FEATURES, PrunerAttachment
 from vision_remember.adapters.resolve import HostParts
+from vision_remember.adapters.sample import samples
 from vision_remember.adapters.tokens import placeholders, wants_tuple
 from vision_remember.adapters.transport import rows_of, with_rows, without_rows
 from vision_remember.encoder import find_module
@@ -79,7 +80,7 @@ class EncoderPrunerAttachment(PrunerAttachment):
         assert parts.token_grid is not None
         self._grid = parts.token_grid
         self._image_token = parts.image_token_id
-        self._encoder_spec = parts.encoder_spec
+        self._encoder, self._encoder_spec = parts.encoder, parts.encoder_spec
         self._blocks = list(find_module(parts.encoder, parts.encoder_spec.layers, "blocks").children())
         self._level = feature_level(parts.model, len(self._blocks))
         self._tap = MultiLevelTap(parts.encoder, (0,), saliency=None, spec=parts.encoder_spec)
@@ -106,6 +107,29 @@ class EncoderPrunerAttachment(PrunerAttachment):
     def _follow(self) -> None:
         """Puts the hooks of the encoder in place."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def try_out(self) -> None:
+        """Encodes a small noise image.
+
+        Raises:
+            ValueError: the host makes its tokens in a way that cannot be followed.
+        """
+        base: Any = self._base
+        encode = INTERCEPTION.original(base, "get_image_features")
+        for sample in samples(base, base.get_image_features, self._encoder, self._encoder_spec):
+            try:
+                encode(base, **sample)
+            except Exception:  # not the form that this host takes
+                continue
+            try:
+                self._encode(base, encode, **sample, return_dict=True)
+            except Exception as error:
+                raise ValueError(
+                    f"{type(self.model).__name__} makes its image tokens in a way that a pruner of the encoder cannot "
+                    f"follow; use a pruner of the decoder, as fastv ({error})"
+                ) from error
+            return
 
     def __call__(self, base: nn.Module, method: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
         """An encoding method called by anyone but us: the choice rides along in the output."""

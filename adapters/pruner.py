@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from vision_remember.adapters.attach import refuse_compiled
 from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.decoder_queries import check_readable
-from vision_remember.adapters.encoder_pruning import AttentionAttachment
+from vision_remember.adapters.encoder_pruning import AttentionAttachment, EncoderPrunerAttachment
+from vision_remember.adapters.hosts import HOSTS
 from vision_remember.adapters.pruner_attachment import PrunerAttachment, find_pruner
 from vision_remember.adapters.resolve import HostParts, model_type_of, resolve
 from vision_remember.adapters.spec import MLLMSpec
@@ -20,7 +21,7 @@ from vision_remember.adapters.tome_in_encoder import ToMeAttachment, check_mergi
 from vision_remember.adapters.versions import warn_outside_the_windows
 from vision_remember.pruning import DecoderPruner, EncoderPruner, Pruner, ToMe, build_pruner
 
-CUTTABLE = ("cohere", "llama", "phi", "phi3", "qwen2", "qwen3", "smollm3")
+CUTTABLE = ("cohere", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3", "smollm3")
 """Decoders whose layers need nothing of a token but its state, its position and its place in the mask."""
 
 
@@ -59,6 +60,13 @@ def attach_pruner(model: nn.Module, name: str, *, spec: MLLMSpec | None = None, 
     _check(parts, pruner)
     attachment = _attachment(parts, name, pruner)
     attachment.install()
+    try:
+        # Others were found out by trying, and so is whether a pruner can follow them.
+        if isinstance(attachment, EncoderPrunerAttachment) and parts.spec.name not in HOSTS:
+            attachment.try_out()
+    except BaseException:
+        attachment.uninstall()
+        raise
     return PrunerHandle(attachment)
 
 

@@ -45,7 +45,6 @@ class ToMeAttachment(EncoderPrunerAttachment):
 
     def __init__(self, parts: HostParts, name: str, pruner: ToMe) -> None:
         super().__init__(parts, name, pruner)
-        self._encoder = parts.encoder
         self._merges = pruner.merges(self._grid[0] * self._grid[1], self._level)
 
     def _follow(self) -> None:

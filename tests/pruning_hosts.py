@@ -20,7 +20,11 @@ _SIZES = [(40, 61), (30, 30), (90, 33), (61, 40)]
 def build(host: str, decoder: str = "qwen2") -> Any:
     """A host in eval mode; all weights are random but large enough that images matter to the logits."""
     if host == "llava":
-        return build_llava(decoder)
+        model = build_llava(decoder)
+        if decoder == "mistral":
+            # Its later versions have no window.
+            model.model.language_model.config.sliding_window = None
+        return model
     if host == "llava_next":
         return tiled.build("llava_next", "clip", decoder, vision_feature_layer=-2)
     torch.manual_seed(0)

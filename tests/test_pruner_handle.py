@@ -6,11 +6,14 @@ import pytest
 import torch
 import transformers as hf
 
+from tests.fingerprint import Fingerprint
 from tests.hosts import DECODER_CONFIGS, batch, build_llava, skip_if_the_host_fails
 from tests.pruning_hosts import build, logits, prompt
 from tests.test_pruners_at_work import every_pruner, pruned, steps
 from tests.test_pruners_in_hosts import SMALL
+from tests.zoo import build_host, call_inputs
 from vision_remember import attach_pruner, attach_vision_remember, compress_projector
+from vision_remember.adapters.resolve import resolve
 
 
 def test_the_table_says_what_was_dropped_where() -> None:
@@ -66,7 +69,7 @@ def test_a_compressed_projector_goes_with_pruners_of_the_decoder(name: str) -> N
     ("decoder", "name", "message"),
     [
         ("gemma2", "uniform", "vision tokens can be dropped between the layers of .*is 'gemma2'"),
-        ("phi3", "fastv", "is known for llama, qwen2, qwen3, not for 'phi3'"),
+        ("phi3", "fastv", "is known for llama, mistral, qwen2, qwen3, not for 'phi3'"),
         ("qwen2", "pyramid", "did you mean 'pyramid_drop'"),
     ],
 )
@@ -114,3 +117,21 @@ def test_a_cache_that_does_not_grow_is_refused(name: str) -> None:
     model, _ = pruned(name)
     with pytest.raises(ValueError, match=r"a cache of StaticLayer cannot hold fewer tokens in later layers"):
         steps(model, prompt(model), cache_implementation="static")
+
+
+@pytest.mark.parametrize("host", ["idefics3", "got_ocr2"])
+def test_hosts_whose_tokens_cannot_be_followed_are_refused_untouched(host: str) -> None:
+    """Their projector reads several rows for each token, or none at all in raster order."""
+    model = build_host(host)
+    parts = resolve(model)
+    inputs = call_inputs(model, parts)
+    expected, state = logits(model, inputs), Fingerprint(model)
+    with pytest.raises(
+        ValueError, match="in a way that a pruner of the encoder cannot follow; use a pruner of the dec"
+    ):
+        attach_pruner(model, "faster_vlm")
+    state.check(model)
+    assert torch.equal(logits(model, inputs), expected)
+    handle = attach_pruner(model, "fastv", layer=1)
+    assert not torch.equal(logits(model, inputs), expected)
+    handle.detach()
