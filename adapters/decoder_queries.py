@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-READABLE = ("llama", "mistral", "qwen2", "qwen3")
+READABLE = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3")
 """Decoders whose attention is that of their projections, norms and rotary function, as the tests show."""
 
 

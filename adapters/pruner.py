@@ -21,7 +21,18 @@ from vision_remember.adapters.tome_in_encoder import ToMeAttachment, check_mergi
 from vision_remember.adapters.versions import warn_outside_the_windows
 from vision_remember.pruning import DecoderPruner, EncoderPruner, Pruner, ToMe, build_pruner
 
-CUTTABLE = ("cohere", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3", "smollm3")
+CUTTABLE = (
+    "cohere",
+    "llama",
+    "mistral",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen3",
+    "smollm3",
+)
 """Decoders whose layers need nothing of a token but its state, its position and its place in the mask."""
 
 

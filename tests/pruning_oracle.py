@@ -72,9 +72,11 @@ def run(
 ) -> Any:
     """One full forward pass from raw pixels, without a cache."""
     mask = inputs["attention_mask"]
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    if "mm_token_type_ids" not in inputs:
+        # Other hosts count three kinds of positions, by themselves.
+        more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad(), hidden_from(model, mask, alive, changed):
-        return model(**inputs, position_ids=positions, use_cache=False, **more)
+        return model(**inputs, use_cache=False, **more)
 
 
 def survivors(
@@ -88,8 +90,8 @@ def survivors(
         stages: (layer before which tokens are dropped, layer whose attention decides), in order.
         choose: the algorithm, for one row.
     """
-    ids = inputs["input_ids"]
-    initial = [int((row == IMAGE_TOKEN).sum()) for row in ids]
+    ids, token = inputs["input_ids"], model.config.image_token_id
+    initial = [int((row == token).sum()) for row in ids]
     alive: dict[int, Tensor] = {}
     left = torch.ones_like(ids, dtype=torch.bool)
     implementation = model.config._attn_implementation
@@ -101,7 +103,7 @@ def survivors(
             model.set_attn_implementation(implementation)
         left = left.clone()
         for row in range(len(ids)):
-            members = ((ids[row] == IMAGE_TOKEN) & left[row]).nonzero()[:, 0]
+            members = ((ids[row] == token) & left[row]).nonzero()[:, 0]
             weights = torch.empty(0) if attention is None else attention[row]
             stay = choose(number, weights, members, initial[row])
             left[row, [int(place) for place in members if int(place) not in stay]] = False
