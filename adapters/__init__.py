@@ -13,6 +13,7 @@ from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.hosts import HOSTS
 from vision_remember.adapters.load import load_vision_remember
 from vision_remember.adapters.overlays import forgetting_curve, region_attention, saliency_map
+from vision_remember.adapters.pruner import PrunerHandle, attach_pruner
 from vision_remember.adapters.spec import DecoderSpec, MLLMSpec
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "CompressionHandle",
     "DecoderSpec",
     "MLLMSpec",
+    "PrunerHandle",
     "VisionRememberHandle",
+    "attach_pruner",
     "attach_vision_remember",
     "attention_density",
     "compress_projector",

@@ -10,6 +10,7 @@ from torch import nn
 from vision_remember.adapters.attachment import NAME, Attachment, feature_dim, find_attachment
 from vision_remember.adapters.devices import offloaded_placement
 from vision_remember.adapters.handle import VisionRememberHandle
+from vision_remember.adapters.pruner_attachment import find_pruner
 from vision_remember.adapters.resolve import HostParts, block_placement, resolve
 from vision_remember.adapters.sharding import is_sharded
 from vision_remember.adapters.spec import MLLMSpec
@@ -54,12 +55,16 @@ def attach_vision_remember(
     Raises:
         ValueError: an unknown host, layers or levels that it does not have, an unknown option, a model that is
             compiled or sharded already, or whose weights are not loaded. The model is then as it was.
-        RuntimeError: Vision Remember is attached already.
+        RuntimeError: Vision Remember is attached already, or a pruner is.
     """
     if find_attachment(model) is not None:
         raise RuntimeError("Vision Remember is attached to this model already; detach_vision_remember(model) first")
+    if find_pruner(model) is not None:
+        raise RuntimeError(
+            "a pruner is attached to this model, and the blocks need every vision token; detach it first"
+        )
     warn_outside_the_windows()
-    _refuse_compiled(model)
+    refuse_compiled(model)
     if is_sharded(model):
         raise ValueError("this model is sharded already, and the blocks would not be: attach, then fully_shard")
     chosen = {name: tuple(value) for name, value in (("layers", layers), ("levels", levels)) if value is not None}
@@ -109,13 +114,14 @@ def new_block(parts: HostParts, config: VisionRememberConfig, tap: MultiLevelTap
     return VisionRemember.from_config(config, parts.hidden_size, feature_dim(parts, tap), num_levels=len(tap.levels))
 
 
-def _refuse_compiled(model: nn.Module) -> None:
+def refuse_compiled(model: nn.Module, newcomer: str = "Vision Remember") -> None:
+    """Raises ValueError for a model that is compiled already."""
     # Compiled code does not look at hooks that come later: the blocks would be ignored in silence.
     for name, module in model.named_modules():
         compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
         if compiled or "_compiled_call" in module.__dict__:
             raise ValueError(
-                f"{type(module).__name__} {name!r} is compiled already and would not notice Vision Remember: attach to "
+                f"{type(module).__name__} {name!r} is compiled already and would not notice {newcomer}: attach to "
                 "a freshly loaded model, then compile"
             )
 

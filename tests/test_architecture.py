@@ -46,6 +46,7 @@ ARROWS = {
     "ops": GROUND,
     "interactions": GROUND | {"ops"},
     "projectors": GROUND | {"ops"},
+    "pruning": GROUND,
     "saliency": GROUND | {"ops"},
     "synth": GROUND,
     "remember": GROUND | {"ops", "interactions"},

@@ -12,6 +12,7 @@ from vision_remember.config import PRESETS, VisionRememberConfig
 from vision_remember.interactions import FUSIONS, INTERACTIONS, SELA, build_interaction
 from vision_remember.ops import local_attention
 from vision_remember.projectors import PROJECTORS, build_projector
+from vision_remember.pruning import PRUNERS
 from vision_remember.remember import VisionRemember
 from vision_remember.saliency import cls_saliency
 from vision_remember.tap import MultiLevelTap
@@ -19,6 +20,7 @@ from vision_remember.tap import MultiLevelTap
 if TYPE_CHECKING:
     from vision_remember.adapters import (
         MLLMSpec,
+        attach_pruner,
         attach_vision_remember,
         attention_density,
         compress_projector,
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 
 _FROM_ADAPTERS = (
     "MLLMSpec",
+    "attach_pruner",
     "attach_vision_remember",
     "attention_density",
     "compress_projector",
@@ -48,11 +51,13 @@ __all__ = [
     "INTERACTIONS",
     "PRESETS",
     "PROJECTORS",
+    "PRUNERS",
     "SELA",
     "MLLMSpec",
     "MultiLevelTap",
     "VisionRemember",
     "VisionRememberConfig",
+    "attach_pruner",
     "attach_vision_remember",
     "attention_density",
     "build_interaction",
