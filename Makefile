@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist w
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv lint format test test-all test-upstream test-versions demo clean
+.PHONY: help venv lint format test test-all test-upstream test-versions docs demo clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ test-upstream: venv $(UPSTREAM)/.installed ## the model tests of transformers an
 
 test-versions: venv ## the tests with the oldest and the newest supported transformers
 	$(PY) -m tests.run_versions
+
+docs: venv ## the documentation site, in build/docs; every warning is an error
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
 
 demo: venv ## train and compare on rendered pages
 	$(PY) -m examples.demo
