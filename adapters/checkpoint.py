@@ -79,7 +79,10 @@ def describe_projector(projector: nn.Module | None) -> dict[str, Any] | None:
 
 
 def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.PathLike[str]) -> None:
-    """Writes an adapter folder; files are written aside and then renamed, so that none is ever half there.
+    """Writes an adapter folder aside and then renames it, so that nothing is ever half there.
+
+    A folder that exists keeps what else it holds: there the files are renamed one by one. A write that fails, or is cut
+    short, leaves what was there.
 
     Of processes that share a model in shards, all have to call this, and the first one writes.
     """
@@ -100,13 +103,18 @@ def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.P
     if is_sharded(parts.model) and dist.get_rank() > 0:
         return
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as aside:
-        (Path(aside) / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
-        (Path(aside) / _CARD_FILE).write_text(model_card(description, tensors))
-        save_file(tensors, Path(aside) / WEIGHTS_FILE, metadata={"format": "pt"})
-        for name in (WEIGHTS_FILE, _CARD_FILE, CONFIG_FILE):
-            os.replace(Path(aside) / name, target / name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as aside:
+        written = Path(aside, "adapter")
+        written.mkdir()  # with the usual permissions, unlike a temporary folder
+        (written / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        (written / _CARD_FILE).write_text(model_card(description, tensors))
+        save_file(tensors, written / WEIGHTS_FILE, metadata={"format": "pt"})
+        if target.is_dir():
+            for name in (WEIGHTS_FILE, _CARD_FILE, CONFIG_FILE):
+                os.replace(written / name, target / name)
+        else:
+            os.rename(written, target)
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
