@@ -27,6 +27,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _CARD_FILE = "README.md"
 _FORMAT = "vision-remember"
 _FORMAT_VERSION = 1
+_WITHOUT_TILES = {"LlavaNextForConditionalGeneration": "LlavaForConditionalGeneration"}
+"""Classes with the same parts as another, but for the tiles: each takes the other's adapters."""
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -160,11 +162,18 @@ def check_base(saved: SavedAdapter, parts: HostParts) -> None:
     different = [
         f"{key}: the adapter expects {saved.base.get(key)!r}, this model has {actual[key]!r}"
         for key in actual
-        # The same weights go by many names.
+        # The same weights go by many names, and the same parts by two classes.
         if key != "name_or_path" and saved.base.get(key) != actual[key]
+        if key != "class" or not same_parts(saved, parts.model)
     ]
     if different:
         raise ValueError(f"the adapter belongs to another base model; {'; '.join(different)}")
+
+
+def same_parts(saved: SavedAdapter, model: nn.Module) -> bool:
+    """Whether an adapter was trained on the model's class, or on the one that differs in cutting images up."""
+    before, now = str(saved.base.get("class")), class_name(model)
+    return _WITHOUT_TILES.get(before, before) == _WITHOUT_TILES.get(now, now)
 
 
 def copy_weights(saved: SavedAdapter, modules: dict[str, nn.Module]) -> None:

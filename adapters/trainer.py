@@ -102,10 +102,14 @@ class VisionRememberCallback(TrainerCallback):
             self._restore(_resumed_checkpoint(args, state))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Saves the adapter folder."""
+        """Saves the adapter folder, the last part of a checkpoint: where it is, the checkpoint is whole."""
+        self.save(_checkpoint(args, state) / ADAPTER_FOLDER, args)
+
+    def save(self, folder: Path, args: TrainingArguments) -> None:
+        """Saves an adapter folder. Every process calls this; one writes."""
         assert self._model is not None
         if args.should_save or is_sharded(self._model):
-            self.handle.save_pretrained(_checkpoint(args, state) / ADAPTER_FOLDER)
+            self.handle.save_pretrained(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,41 @@
+"""The two phases in the Trainer of transformers: `python -m examples.train --backend trainer ...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import Trainer, TrainingArguments
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from examples.train.options import parse
+from examples.train.setup import prepare
+from vision_remember.adapters.trainer import VisionRememberCallback
+
+
+def main(argv: list[str] | None = None) -> list[float]:
+    """Trains; returns the losses that were logged."""
+    options, args = parse(argv, TrainingArguments)
+    run = prepare(options, args)
+    trainer = Trainer(
+        run.model,
+        args,
+        train_dataset=run.conversations,
+        data_collator=DataCollatorForVisionLanguageModeling(run.processor, assistant_only_loss=True),
+        callbacks=[VisionRememberCallback()],
+        optimizer_cls_and_kwargs=run.optimizer,
+    )
+    return finish(trainer, run.checkpoint, options.phase)
+
+
+def finish(trainer: Trainer, checkpoint: Path | None, phase: int) -> list[float]:
+    """Trains and saves the adapter, in phase 2 the model beside it; returns the losses that were logged."""
+    assert trainer.args.output_dir is not None
+    output_dir = Path(trainer.args.output_dir)
+    if checkpoint is not None:
+        trainer.args.resume_from_checkpoint = str(checkpoint)  # a callback is told nothing else
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if phase == 2:
+        trainer.save_model(str(output_dir / "model"))
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, VisionRememberCallback))
+    callback.save(output_dir / "adapter", trainer.args)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
