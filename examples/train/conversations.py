@@ -183,9 +183,9 @@ def _turns(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
         raise BadRowError("conversations: expected a list of turns")
     expected = ["user", "assistant"]
     for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict) or set(turn) < {"from", "value"}:
+        if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
             raise BadRowError(f"turn {number}: expected the keys 'from' and 'value', came {_keys(turn)}")
-        role, text = ROLES.get(turn["from"]), turn["value"]
+        role, text = ROLES.get(str(turn["from"])), turn["value"]
         if role is None:
             raise BadRowError(f"turn {number} is from {turn['from']!r}: expected one of {', '.join(ROLES)}")
         if not isinstance(text, str) or not text.strip():
@@ -251,7 +251,11 @@ def _of_lines(file: Path) -> Iterator[tuple[Place, str]]:
 
 
 def _of_list(file: Path) -> Iterator[tuple[Place, str]]:
-    text, decoder = file.read_text(encoding="utf-8"), json.JSONDecoder()
+    decoder = json.JSONDecoder()
+    try:
+        text = file.read_bytes().decode()  # not read_text, which would make one character of a line's two ends
+    except UnicodeDecodeError as error:
+        raise BadRowError(f"{file} is no UTF-8: {error}") from error
     at, line, offset, counted, number = text.index("[") + 1, 1, 0, 0, 0
     while True:
         at = _behind_spaces(text, at)

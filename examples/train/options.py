@@ -77,7 +77,7 @@ def parse(argv: list[str] | None, kind: type[Arguments], **defaults: Any) -> tup
         ValueError: an unknown name in the YAML file, or options that exclude each other.
         SystemExit: an unknown flag, or a value of another type.
     """
-    parser = TrlParser([Options, kind])  # type: ignore[list-item]
+    parser = TrlParser([Options, kind], allow_abbrev=False)  # type: ignore[list-item]
     parser.set_defaults(remove_unused_columns=False, **defaults)
     options, arguments = parser.parse_args_and_config(sys.argv[1:] if argv is None else argv)
     if arguments.save_total_limit == 1:
