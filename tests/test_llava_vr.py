@@ -12,6 +12,7 @@ import transformers as hf
 from PIL import Image
 
 import vision_remember
+from examples.llava_vr import main
 from examples.train.tiny import byte_tokenizer, language_config
 from tests.hosts import ENCODER_CONFIGS
 from vision_remember import build_llava_vr, load_vision_remember
@@ -164,3 +165,10 @@ def test_a_language_model_without_a_head_is_an_error() -> None:
 def test_an_unknown_size_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"size='2B': did you mean '2\.0B'"):
         llava_vr_configs("2B")
+
+
+def test_the_example_prints_both_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main() == ["0.9B", "2.0B"]
+    printed = capsys.readouterr().out
+    assert "LLaVA-VR 0.9B (" in printed
+    assert "LLaVA-VR 2.0B (" in printed

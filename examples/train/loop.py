@@ -115,7 +115,6 @@ class Loop:
                 if progress.step == self.steps:
                     break
             progress.epoch, progress.batch = progress.epoch + 1, 0
-        self.accelerator.end_training()
         return progress.losses
 
     def step(self, batches: list[dict[str, Tensor]]) -> Tensor:
@@ -175,7 +174,7 @@ class Loop:
         """Saves the model as transformers does."""
         state = self.accelerator.get_state_dict(self.model)
         if self.accelerator.is_main_process:
-            self.run.model.save_pretrained(folder, state_dict=state)
+            self.run.model.save_pretrained(folder, state_dict=state, save_original_format=False)
 
 
 def grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -194,4 +193,5 @@ def main(argv: list[str] | None = None) -> list[float]:
     if options.phase == 2:
         loop.save_model(loop.output_dir / "model")
     loop.save_adapter(loop.output_dir / "adapter")
+    loop.accelerator.end_training()
     return losses

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from examples.train.options import parse
-from examples.train.setup import prepare
+from examples.train.setup import Run, prepare
 from vision_remember.adapters.trainer import VisionRememberCallback
 
 
@@ -24,18 +24,21 @@ def main(argv: list[str] | None = None) -> list[float]:
         callbacks=[VisionRememberCallback()],
         optimizer_cls_and_kwargs=run.optimizer,
     )
-    return finish(trainer, run.checkpoint, options.phase)
+    return finish(trainer, run, options.phase)
 
 
-def finish(trainer: Trainer, checkpoint: Path | None, phase: int) -> list[float]:
+def finish(trainer: Trainer, run: Run, phase: int) -> list[float]:
     """Trains and saves the adapter, in phase 2 the model beside it; returns the losses that were logged."""
     assert trainer.args.output_dir is not None
     output_dir = Path(trainer.args.output_dir)
+    checkpoint = None if run.checkpoint is None else str(run.checkpoint)
     if checkpoint is not None:
-        trainer.args.resume_from_checkpoint = str(checkpoint)  # a callback is told nothing else
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if phase == 2:
-        trainer.save_model(str(output_dir / "model"))
+        trainer.args.resume_from_checkpoint = checkpoint  # a callback is told nothing else
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if phase == 2:  # by hand: of a model in shards, save_model leaves nothing that transformers can load
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if trainer.args.should_save:
+            run.model.save_pretrained(output_dir / "model", state_dict=state, save_original_format=False)
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, VisionRememberCallback))
     callback.save(output_dir / "adapter", trainer.args)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         callbacks=[VisionRememberCallback()],
         optimizer_cls_and_kwargs=run.optimizer,
     )
-    return finish(trainer, run.checkpoint, options.phase)
+    return finish(trainer, run, options.phase)
 
 
 def as_dataset(conversations: Conversations) -> Any:
