@@ -123,6 +123,25 @@ def test_it_is_saved_as_a_base_and_an_adapter(tiles: int, tmp_path: Path) -> Non
         assert torch.equal(model(**prompt).logits, llava_vr.model(**prompt).logits)
 
 
+def test_an_adapter_of_whole_images_fits_the_model_that_cuts_them_up(tmp_path: Path) -> None:
+    """The paper's phases: the first without tiles, the second with them."""
+    whole = built()
+    whole.handle.save_pretrained(tmp_path)
+    tiled = built(tiles=4, layers=[3])
+    with torch.no_grad():
+        tiled.model.model.multi_modal_projector.linear_1.weight.add_(1)
+    tiled.handle.detach()
+    tiled.compression.restore()
+    handle = load_vision_remember(tiled.model, tmp_path, tiled.processor)
+    for name, parameter in whole.handle.module.named_parameters():
+        assert torch.equal(handle.module.get_parameter(name), parameter)
+    for name, tensor in whole.model.model.multi_modal_projector.state_dict().items():
+        assert torch.equal(tiled.model.model.multi_modal_projector.state_dict()[name], tensor)
+    images = inputs(tiled)["input_ids"] == tiled.model.config.image_token_id
+    assert images.sum() > 16
+    tiled.model(**inputs(tiled))
+
+
 def fresh(tiles: int) -> Any:
     """A processor that knows nothing of a smaller projector."""
     llava_vr = built(tiles=tiles)
