@@ -197,3 +197,19 @@ def test_bad_rows_stop_a_run_or_are_skipped(tmp_path: Path, capsys: pytest.Captu
 def test_every_option_has_a_help_text() -> None:
     fields = Options.__dataclass_fields__.values()
     assert all(field.metadata.get("help") for field in fields)
+
+
+def test_a_llava_in_a_folder_is_compressed_and_attached_to(tmp_path: Path) -> None:
+    base = build_tiny(4, layers=[1])
+    base.handle.detach()
+    base.compression.restore()
+    base.model.save_pretrained(tmp_path / "base")
+    base.processor.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"tiles=4: .*cuts images up as it does"):
+        prepared(tmp_path, model=tmp_path / "base")
+    ready, _ = prepared(tmp_path, model=tmp_path / "base", tiles=0)
+    assert type(ready.model) is LlavaNextForConditionalGeneration
+    assert ready.handle.config.layers == (1, 3)
+    assert ready.processor.patch_size == 2 * tiny.PATCH
+    embeddings = ready.model.get_input_embeddings().weight
+    assert torch.equal(embeddings, base.model.get_input_embeddings().weight)
