@@ -29,6 +29,8 @@ _CARD_FILE = "README.md"
 _FORMAT = "vision-remember"
 _FORMAT_VERSION = 1
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_WITHOUT_TILES = {"LlavaNextForConditionalGeneration": "LlavaForConditionalGeneration"}
+"""Classes with the same parts as another, but for the tiles: each takes the other's adapters."""
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -81,7 +83,10 @@ def describe_projector(projector: nn.Module | None) -> dict[str, Any] | None:
 
 
 def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.PathLike[str]) -> None:
-    """Writes an adapter folder; files are written aside and then renamed, so that none is ever half there.
+    """Writes an adapter folder aside and then renames it, so that nothing is ever half there.
+
+    A folder that exists keeps what else it holds: there the files are renamed one by one. A write that fails, or is cut
+    short, leaves what was there.
 
     Of processes that share a model in shards, all have to call this, and the first one writes.
     """
@@ -102,13 +107,18 @@ def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.P
     if is_sharded(parts.model) and dist.get_rank() > 0:
         return
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as aside:
-        (Path(aside) / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
-        (Path(aside) / _CARD_FILE).write_text(model_card(description, tensors))
-        save_file(tensors, Path(aside) / WEIGHTS_FILE, metadata={"format": "pt"})
-        for name in (WEIGHTS_FILE, _CARD_FILE, CONFIG_FILE):
-            os.replace(Path(aside) / name, target / name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as aside:
+        written = Path(aside, "adapter")
+        written.mkdir()  # with the usual permissions, unlike a temporary folder
+        (written / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        (written / _CARD_FILE).write_text(model_card(description, tensors))
+        save_file(tensors, written / WEIGHTS_FILE, metadata={"format": "pt"})
+        if target.is_dir():
+            for name in (WEIGHTS_FILE, _CARD_FILE, CONFIG_FILE):
+                os.replace(written / name, target / name)
+        else:
+            os.rename(written, target)
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
@@ -160,11 +170,18 @@ def check_base(saved: SavedAdapter, parts: HostParts) -> None:
     different = [
         f"{key}: the adapter expects {saved.base.get(key)!r}, this model has {actual[key]!r}"
         for key in actual
-        # The same weights go by many names.
+        # The same weights go by many names, and the same parts by two classes.
         if key != "name_or_path" and saved.base.get(key) != actual[key]
+        if key != "class" or not same_parts(saved, parts.model)
     ]
     if different:
         raise ValueError(f"the adapter belongs to another base model; {'; '.join(different)}")
+
+
+def same_parts(saved: SavedAdapter, model: nn.Module) -> bool:
+    """Whether an adapter was trained on the model's class, or on the one that differs in cutting images up."""
+    before, now = str(saved.base.get("class")), class_name(model)
+    return _WITHOUT_TILES.get(before, before) == _WITHOUT_TILES.get(now, now)
 
 
 def check_weights(saved: SavedAdapter, modules: dict[str, nn.Module]) -> dict[str, Tensor]:

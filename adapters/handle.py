@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -52,6 +52,46 @@ class VisionRememberHandle:
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The blocks' parameters that require grad, for an optimiser's parameter group."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def parameter_groups(
+        self,
+        lr: float,
+        *,
+        vr_lr: float | None = None,
+        projector_lr: float | None = None,
+        encoder_lr: float | None = None,
+        weight_decay: float = 0.0,
+    ) -> list[dict[str, Any]]:
+        """What trains now, for an optimiser: a group for each part of the model, with a learning rate of its own.
+
+        Call it after :meth:`set_phase`. Parts that do not train have no group; ``group["name"]`` tells the parts apart.
+
+        Args:
+            lr: of the language model, and of every part without a rate of its own.
+            vr_lr: of the blocks.
+            projector_lr: of the projector.
+            encoder_lr: of the vision encoder.
+            weight_decay: of matrices; norms, biases and other vectors have none, in groups of their own.
+
+        Raises:
+            ValueError: a rate for a part that does not train, or nothing trains.
+        """
+        rates = {"Vision Remember": vr_lr, "projector": projector_lr, "encoder": encoder_lr, "language model": None}
+        groups: list[dict[str, Any]] = []
+        for name, parameters in self._parameters(self._parts()).items():
+            trained = [parameter for parameter in parameters if parameter.requires_grad]
+            own = rates[name]
+            if own is not None and not trained:
+                raise ValueError(f"a learning rate of {own} for the {name}, which does not train; set_phase(...) first")
+            decayed = [p for p in trained if p.ndim > 1] if weight_decay else []
+            others = [p for p in trained if p.ndim <= 1] if weight_decay else trained
+            for chosen, decay in ((decayed, weight_decay), (others, 0.0)):
+                if chosen:
+                    rate = lr if own is None else own
+                    groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "name": name})
+        if not groups:
+            raise ValueError("no parameter of this model trains; set_phase(...) first")
+        return groups
 
     def detach(self) -> None:
         """Takes Vision Remember off the model: module tree, hooks and state dict are as before attach."""
@@ -122,7 +162,12 @@ class VisionRememberHandle:
         return resolve(self._attachment.model, self._attachment.spec)
 
     def _counts(self, parts: HostParts) -> list[tuple[str, int, bool]]:
-        """(name, parameters, any trainable) of the four parts that train apart from each other."""
+        """(name, number of parameters, any trainable) of the parts of :meth:`_parameters`."""
+        groups = self._parameters(parts).items()
+        return [(n, sum(p.numel() for p in g), any(p.requires_grad for p in g)) for n, g in groups]
+
+    def _parameters(self, parts: HostParts) -> dict[str, list[nn.Parameter]]:
+        """The parameters of the four parts that train apart from each other."""
         blocks = list(self.module.parameters())
         groups = {
             "Vision Remember": blocks,
@@ -131,7 +176,7 @@ class VisionRememberHandle:
         }
         counted = {id(parameter) for group in groups.values() for parameter in group}
         groups["language model"] = [p for p in parts.model.parameters() if id(p) not in counted]
-        return [(n, sum(p.numel() for p in g), any(p.requires_grad for p in g)) for n, g in groups.items()]
+        return groups
 
 
 def _tokens(parts: HostParts, config: VisionRememberConfig) -> str:

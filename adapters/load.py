@@ -18,11 +18,13 @@ from vision_remember.adapters.checkpoint import (
     copy_weights,
     describe_projector,
     read_adapter,
+    same_parts,
 )
 from vision_remember.adapters.compress import compress_projector
 from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.rehearsal import rehearse
-from vision_remember.adapters.resolve import resolve, trained_copy
+from vision_remember.adapters.resolve import resolve, trained_copy, unwrapped
+from vision_remember.adapters.sharding import class_name
 from vision_remember.adapters.versions import warn_outside_the_windows
 
 
@@ -51,7 +53,9 @@ def load_vision_remember(
     if find_attachment(model) is not None:
         raise RuntimeError("Vision Remember is attached to this model already; detach_vision_remember(model) first")
     saved = read_adapter(_folder(dir_or_repo, revision))
-    parts = rehearse(model, saved)
+    own_spec = class_name(unwrapped(model)) == saved.base.get("class") or not same_parts(saved, unwrapped(model))
+    spec = saved.spec if own_spec else None  # of a model that cuts images up, or of one that does not
+    parts = rehearse(model, saved, spec)
     # A model of one's own may be built with the adapter's projector: only its weights are missing.
     swaps = saved.projector is not None and saved.projector != describe_projector(parts.projector)
     if swaps and processor is None:
@@ -62,13 +66,13 @@ def load_vision_remember(
         )
     compression = None
     if swaps:
-        compression = compress_projector(model, processor, spec=saved.spec, **(saved.projector or {}))
+        compression = compress_projector(model, processor, spec=spec, **(saved.projector or {}))
     try:
-        handle = attach_vision_remember(model, config=saved.config, spec=saved.spec)
+        handle = attach_vision_remember(model, config=saved.config, spec=spec)
         try:
             attachment = find_attachment(model)
             assert attachment is not None
-            copy_weights(saved, adapter_modules(attachment, resolve(model, saved.spec).projector))
+            copy_weights(saved, adapter_modules(attachment, resolve(model, spec).projector))
         except BaseException:
             handle.detach()
             raise

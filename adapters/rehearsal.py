@@ -18,6 +18,7 @@ from vision_remember.adapters.attach import new_block, plan
 from vision_remember.adapters.checkpoint import SavedAdapter, check_base, check_weights
 from vision_remember.adapters.compress import new_projector
 from vision_remember.adapters.resolve import HostParts, resolve
+from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.projectors import Projector
 
 _OF_A_WRONG_VALUE = (
@@ -28,17 +29,22 @@ _OF_A_WRONG_VALUE = (
 _NO_OPTIONS = ("model", "processor", "spec")
 
 
-def rehearse(model: nn.Module, saved: SavedAdapter) -> HostParts:
+def rehearse(model: nn.Module, saved: SavedAdapter, spec: MLLMSpec | None) -> HostParts:
     """Builds what an adapter describes without storage, and compares it with the adapter's weights.
 
+    Args:
+        model: what the adapter is meant for.
+        saved: the adapter.
+        spec: the host's names; None for those that the model itself is known by.
+
     Returns:
-        The host's parts by the adapter's names.
+        The host's parts.
 
     Raises:
         ValueError: the description does not fit the model, or the weights do not fit the description.
     """
     with _wrong_values():
-        parts = resolve(model, saved.spec)
+        parts = resolve(model, spec)
         check_base(saved, parts)
         with torch.device("meta"):
             projector = parts.projector

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +83,45 @@ def test_saving_again_replaces_the_files(folder: Path) -> None:
     handle.save_pretrained(folder)
     assert (load_file(folder / WEIGHTS)["vision_remember.1.norm.weight"] == 7).all()
     assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=str)
+def test_a_write_that_fails_leaves_the_last_good_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def write_some(tensors: Any, file: Path, **_: Any) -> None:
+        Path(file).write_bytes(b"half of it")
+        raise error
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    handle = trained()[1]
+    with torch.no_grad():
+        handle.module["1"].norm.weight.fill_(7)
+    monkeypatch.setattr("vision_remember.adapters.checkpoint.save_file", write_some)
+    for target in (folder, folder.parent / "new"):
+        with pytest.raises(type(error)):
+            handle.save_pretrained(target)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(folder.parent.iterdir()) == [folder]  # no new folder, and nothing half written
+
+
+def test_a_process_killed_while_it_saves_leaves_no_folder(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+import vision_remember.adapters.checkpoint as checkpoint
+from tests.test_adapter_folder import trained
+handle, write = trained()[1], checkpoint.save_file
+def killed(tensors, file, **options):
+    write(tensors, file, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save_file = killed
+handle.save_pretrained(sys.argv[1])
+"""
+    root = Path(__file__).resolve().parents[1]
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "adapter")], cwd=root, check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert not (tmp_path / "adapter").exists()
+    assert [path.name[:8] for path in tmp_path.iterdir()] == [".saving-"]
 
 
 class Wrapper(torch.nn.Module):

@@ -27,6 +27,7 @@ OTHER_VALUES: dict[str, Any] = {
     "feature_norm": "joint",
     "query_layers": 2,
     "output_layers": 2,
+    "inner_projections": True,
     "zero_init": False,
     "token_mixer": "self",
     "saliency": None,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         region_attention,
         saliency_map,
     )
+    from vision_remember.adapters.llava_vr import build_llava_vr
 
 __version__ = "0.1.0"
 
@@ -61,6 +62,7 @@ __all__ = [
     "attach_vision_remember",
     "attention_density",
     "build_interaction",
+    "build_llava_vr",
     "build_projector",
     "cls_saliency",
     "compress_projector",
@@ -76,6 +78,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _FROM_ADAPTERS:
         return getattr(importlib.import_module("vision_remember.adapters"), name)
+    if name == "build_llava_vr":  # a module that imports half of transformers
+        return importlib.import_module("vision_remember.adapters.llava_vr").build_llava_vr
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

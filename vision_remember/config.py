@@ -26,7 +26,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 _INTERACTION_FIELDS = (
     *("attn_dim", "num_heads", "num_points", "window", "position", "cells"),
-    *("fusion", "feature_norm", "query_layers", "output_layers", "zero_init"),
+    *("fusion", "feature_norm", "query_layers", "output_layers", "inner_projections", "zero_init"),
 )
 
 
@@ -50,6 +50,8 @@ class VisionRememberConfig:
         feature_norm: "per_level", "joint" or "none".
         query_layers: linear layers of the query projection, 1 or 2.
         output_layers: linear layers of the output projection, 1 or 2.
+        inner_projections: the attention has linear maps of its own behind the query projection and before the output
+            projection.
         zero_init: start as an exact identity.
         token_mixer: None; "self", vision tokens look at each other after the read; "text_guided", at a token made of
             the text as well; see :class:`vision_remember.interactions.TokenMixer`.
@@ -76,6 +78,7 @@ class VisionRememberConfig:
     feature_norm: Literal["per_level", "joint", "none"] = "per_level"
     query_layers: Literal[1, 2] = 1
     output_layers: Literal[1, 2] = 1
+    inner_projections: bool = False
     zero_init: bool = True
     token_mixer: Literal["self", "text_guided"] | None = None
     saliency: SaliencySource | None = "auto"
@@ -176,8 +179,9 @@ PRESETS: Registry[dict[str, Any]] = Registry(
         "default": {},
         # Printed in the paper: the layers, saliency from the CLS token, values multiplied by it, an MLP on the query,
         # no position bias. Our readings of what it leaves open: an attention as wide as the joined levels with heads of
-        # 64, a second MLP on the way back and an ordinary start (both fit the printed model sizes and the printed loss
-        # of global attention), one layer norm over the joined levels, saliency on raw logits.
+        # 64, a second MLP on the way back and an ordinary start (both fit the printed size of the smaller model and the
+        # printed loss of global attention; the larger model's size takes `inner_projections` as well, as
+        # `build_llava_vr` has them), one layer norm over the joined levels, saliency on raw logits.
         "paper": {
             "attn_dim": "features",
             "position": "none",

@@ -41,6 +41,8 @@ class SELA(CrossAttention):
         feature_norm: layer norm over each level's channels, over all channels ("joint"), or none.
         query_layers: 1 for a linear query projection, 2 for an MLP with GELU.
         output_layers: the same for the output projection.
+        inner_projections: a linear map of the attention's width behind the query projection and one before the output
+            projection, as multi-head attention has them of its own.
         zero_init: start the last output layer at zero, so that the update is exactly zero.
         backend: back-end of :func:`vision_remember.local_attention`.
 
@@ -64,6 +66,7 @@ class SELA(CrossAttention):
         feature_norm: FeatureNorm = "per_level",
         query_layers: Literal[1, 2] = 1,
         output_layers: Literal[1, 2] = 1,
+        inner_projections: bool = False,
         zero_init: bool = True,
         backend: str = "auto",
     ) -> None:
@@ -78,6 +81,7 @@ class SELA(CrossAttention):
             feature_norm=feature_norm,
             query_layers=query_layers,
             output_layers=output_layers,
+            inner_projections=inner_projections,
             zero_init=zero_init,
         )
         if window < 1:
