@@ -28,6 +28,7 @@ OTHER_VALUES: dict[str, Any] = {
     "query_layers": 2,
     "output_layers": 2,
     "zero_init": False,
+    "absorb": "auto",
     "token_mixer": "self",
     "saliency": None,
     "saliency_level": -2,
