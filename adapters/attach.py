@@ -18,7 +18,7 @@ from vision_remember.adapters.versions import warn_outside_the_windows
 from vision_remember.config import VisionRememberConfig
 from vision_remember.encoder import find_module, scale_levels
 from vision_remember.interactions import INTERACTIONS, interaction_options
-from vision_remember.remember import VisionRemember
+from vision_remember.remember import VisionRemember, lay_weights_side_by_side
 from vision_remember.tap import MultiLevelTap
 
 _PAPER_LEVELS = (13, 18, 23)
@@ -76,6 +76,7 @@ def attach_vision_remember(
     parts = resolve(model, spec)
     config, tap = plan(parts, config)
     blocks = {index: _build_block(parts, config, tap, index) for index in config.layers}
+    lay_weights_side_by_side(list(blocks.values()))
     attachment = Attachment(parts, config, tap)
     attachment.install(blocks)
     return VisionRememberHandle(attachment)

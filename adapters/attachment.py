@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,10 +29,11 @@ from vision_remember.adapters.own_forward import OwnForward
 from vision_remember.adapters.resolve import HostParts
 from vision_remember.adapters.tokens import placeholders, text_positions, wants_tuple
 from vision_remember.adapters.transport import rows_of, with_rows, without_rows
+from vision_remember.adapters.unread import UnreadBlocks
 from vision_remember.config import VisionRememberConfig
 from vision_remember.encoder import find_module, level_width
 from vision_remember.memory import Recall
-from vision_remember.remember import VisionRemember
+from vision_remember.remember import VisionRemember, prepare_together
 from vision_remember.tap import MultiLevelTap
 
 NAME = "vision_remember"
@@ -76,13 +78,14 @@ class Attachment:
             self._token_ids["video"] = parts.video_token_id
         layers = [parts.layers[index] for index in config.layers]
         self._encoding = Encoding(parts.model, parts.spec, tap, config.token_grid, layers)
+        self._unread = UnreadBlocks(parts.model, tap, parts.spec.feature_levels)
         self._level_dims = [level_width(parts.encoder, parts.encoder_spec)] * len(tap.levels)
         self._decoder = parts.decoder
         takes = inspect.signature(type(parts.base).forward).parameters
         self._own_forward = (
             None
             if "mm_encoder_outputs" in takes
-            else OwnForward(self._encoding, self._token_ids, NAME, self._text, self._nothing)
+            else OwnForward(self._encoding, self._token_ids, NAME, self._text, self._nothing, self._ready)
         )
         self._handles: list[RemovableHandle] = []
 
@@ -90,6 +93,7 @@ class Attachment:
         """Puts blocks and hooks in place: all of them, or none if anything fails."""
         try:
             self.tap.install()
+            self._unread.install()
             INTERCEPTION.add(self._base)
             setattr(self._base, SLOT, self)
             if self._own_forward is None:
@@ -110,6 +114,7 @@ class Attachment:
             handle.remove()
         self._handles = []
         self.tap.remove()
+        self._unread.uninstall()
         INTERCEPTION.release(self._base)
         for index in self.config.layers:
             self._layers[index]._modules.pop(NAME, None)
@@ -131,7 +136,7 @@ class Attachment:
         # A dictionary of our own: torch.compile breaks its graph after a change of the caller's.
         named = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) if args else {}
         kwargs = {**named, **kwargs}
-        recall = self._recall(base, kwargs)
+        recall = self._ready(self._recall(base, kwargs))
         return ((), {**kwargs, NAME: recall}) if recall is not None else None
 
     def __call__(self, base: nn.Module, method: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
@@ -148,7 +153,9 @@ class Attachment:
                 return method(base, *args, **kwargs)
             return self._own_forward.encode(base, method, modality, *args, **kwargs)
         as_tuple = wants_tuple(base, kwargs.pop("return_dict", None))
-        output = with_rows(*self._encoding.run(base, method, modality, *args, **kwargs, return_dict=True))
+        with self._unread.left_out(kwargs) if self._unread.generating else nullcontext():
+            encoded = self._encoding.run(base, method, modality, *args, **kwargs, return_dict=True)
+        output = with_rows(*encoded)
         return output.to_tuple() if as_tuple else output
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -167,7 +174,8 @@ class Attachment:
             elif any(kwargs.get(name) is not None for name in _PIXELS[modality]):
                 method = INTERCEPTION.original(base, f"get_{modality}_features")
                 arguments = {name: kwargs[name] for name in inspect.signature(method).parameters if name in kwargs}
-                encoded[modality], known = self._encoding.run(base, method, modality, **arguments, return_dict=True)
+                with self._unread.left_out(arguments):
+                    encoded[modality], known = self._encoding.run(base, method, modality, **arguments, return_dict=True)
                 places = placeholders(base, kwargs, token)
                 recalls += [memory.recall_images(range(len(memory.spans)), places) for memory in known]
         # Only now: modalities may share arguments. The rest stays, as positions may follow from the images' sizes.
@@ -178,6 +186,10 @@ class Attachment:
             kwargs["mm_encoder_outputs"] = encoded
             return Recall.joined(recalls, self._text(base, kwargs))
         return self._nothing(base)
+
+    def _ready(self, recall: Recall | None) -> Recall | None:
+        """A recall with what the blocks can prepare before the decoder runs."""
+        return None if recall is None else recall.prepared(list(self.blocks().values()), prepare_together)
 
     def _text(self, base: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
         """(B, S), where text stands, if a block asks for it."""

@@ -2,4 +2,4 @@
 
 from vision_remember.adapters.spec import MLLMSpec
 
-LLAVA = MLLMSpec(name="llava", plain=True)
+LLAVA = MLLMSpec(name="llava", plain=True, feature_levels="config.vision_feature_layer")

@@ -2,4 +2,4 @@
 
 from vision_remember.adapters.spec import MLLMSpec
 
-LLAVA_NEXT = MLLMSpec(name="llava_next")
+LLAVA_NEXT = MLLMSpec(name="llava_next", feature_levels="config.vision_feature_layer")

@@ -2,4 +2,4 @@
 
 from vision_remember.adapters.spec import MLLMSpec
 
-LLAVA_NEXT_VIDEO = MLLMSpec(name="llava_next_video")
+LLAVA_NEXT_VIDEO = MLLMSpec(name="llava_next_video", feature_levels="config.vision_feature_layer")

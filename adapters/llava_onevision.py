@@ -2,4 +2,4 @@
 
 from vision_remember.adapters.spec import MLLMSpec
 
-LLAVA_ONEVISION = MLLMSpec(name="llava_onevision")
+LLAVA_ONEVISION = MLLMSpec(name="llava_onevision", feature_levels="config.vision_feature_layer")

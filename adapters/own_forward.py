@@ -37,6 +37,7 @@ class OwnForward:
         keyword: carries the recall to the decoder.
         text: (B, S), where text stands, if a block asks for it.
         nothing: the recall of a training step without images, or None.
+        ready: a recall with what can be prepared of it before the decoder runs.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class OwnForward:
         keyword: str,
         text: Callable[[nn.Module, dict[str, Any]], Tensor | None],
         nothing: Callable[[nn.Module], Recall | None],
+        ready: Callable[[Recall | None], Recall | None],
     ) -> None:
         self._encoding, self._token_ids = encoding, token_ids
-        self._keyword, self._text, self._nothing = keyword, text, nothing
+        self._keyword, self._text, self._nothing, self._ready = keyword, text, nothing, ready
         self._passes: RunStack[_Pass] = RunStack()
 
     def register(self, base: nn.Module, decoder: nn.Module) -> list[RemovableHandle]:
@@ -88,4 +90,4 @@ class OwnForward:
             recall: Recall | None = Recall.joined(current.recalls, self._text(current.base, current.arguments))
         else:
             recall = self._nothing(decoder)
-        return None if recall is None else (args, {**kwargs, self._keyword: recall})
+        return None if recall is None else (args, {**kwargs, self._keyword: self._ready(recall)})

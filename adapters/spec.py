@@ -83,6 +83,10 @@ class MLLMSpec:
         geometry: how a tile's tokens lie over its cells; None for one token per cell.
         plain: the tokens of all tiles follow one another, each tile's in raster order, with nothing between them.
             Otherwise the order is read off the host's own packing in each call.
+        feature_levels: path of the level or levels of ``hidden_states`` that the base hands to the projector, where it
+            reads nothing else of the encoder's output in a forward pass; its last part is also the name of the argument
+            of ``get_image_features`` that goes before it. Blocks behind the last level that is read are left out. None
+            where that is not known.
         encoder_spec: for an encoder that is not in the table.
         decoder_spec: for a decoder that is not in the table.
     """
@@ -96,6 +100,7 @@ class MLLMSpec:
     video_token_id: str = "config.video_token_id"
     geometry: TokenGeometry | None = None
     plain: bool = False
+    feature_levels: str | None = None
     encoder_spec: EncoderSpec | None = None
     decoder_spec: DecoderSpec | None = None
 

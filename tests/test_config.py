@@ -29,6 +29,7 @@ OTHER_VALUES: dict[str, Any] = {
     "output_layers": 2,
     "inner_projections": True,
     "zero_init": False,
+    "absorb": "auto",
     "token_mixer": "self",
     "saliency": None,
     "saliency_level": -2,

@@ -19,6 +19,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "position": ("specialised", "learned", "none"),
     "feature_norm": ("per_level", "joint", "none"),
     "token_mixer": ("self", "text_guided", None),
+    "absorb": (True, False, "auto"),
     "query_layers": (1, 2),
     "output_layers": (1, 2),
     "saliency": ("auto", "cls", "received", "map_head", None),
@@ -26,7 +27,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 _INTERACTION_FIELDS = (
     *("attn_dim", "num_heads", "num_points", "window", "position", "cells"),
-    *("fusion", "feature_norm", "query_layers", "output_layers", "inner_projections", "zero_init"),
+    *("fusion", "feature_norm", "query_layers", "output_layers", "inner_projections", "zero_init", "absorb"),
 )
 
 
@@ -53,6 +54,8 @@ class VisionRememberConfig:
         inner_projections: the attention has linear maps of its own behind the query projection and before the output
             projection.
         zero_init: start as an exact identity.
+        absorb: whether projections of cells are drawn to the other side of their products, which changes the time and
+            not the function; see :class:`vision_remember.SELA`.
         token_mixer: None; "self", vision tokens look at each other after the read; "text_guided", at a token made of
             the text as well; see :class:`vision_remember.interactions.TokenMixer`.
         saliency: where the map comes from: "cls" (the CLS token's attention), "received" (the mean attention logit
@@ -80,6 +83,7 @@ class VisionRememberConfig:
     output_layers: Literal[1, 2] = 1
     inner_projections: bool = False
     zero_init: bool = True
+    absorb: bool | Literal["auto"] = False
     token_mixer: Literal["self", "text_guided"] | None = None
     saliency: SaliencySource | None = "auto"
     saliency_level: int | None = None

@@ -185,15 +185,36 @@ class Recall:
     Attributes:
         parts: a memory and a layout for each size of tiles; no position belongs to two of them.
         text: (B, S), true where text stands, for blocks that are guided by text; else None.
+        ready: blocks, each with what was prepared for it of each part, or None for those that were not.
     """
 
     parts: tuple[tuple[VisionMemory, VisionLayout], ...]
     text: Tensor | None = None
+    ready: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = ()
 
     @classmethod
     def joined(cls, recalls: Iterable[Recall], text: Tensor | None = None) -> Recall:
         """The recall of all of them, and where text stands."""
         return cls(tuple(part for recall in recalls for part in recall.parts), text)
+
+    def prepared(self, blocks: Sequence[Any], prepare: Callable[..., list[Any]]) -> Recall:
+        """This recall with what the blocks need of the images, so that their calls have less to do.
+
+        Args:
+            blocks: as :meth:`through` will get them.
+            prepare: as :func:`vision_remember.remember.prepare_together`.
+        """
+        made = [
+            prepare(
+                blocks,
+                memory.levels,
+                feature_grid=memory.feature_grid,
+                token_grid=memory.token_grid,
+                saliency=memory.saliency,
+            )
+            for memory, _ in self.parts
+        ]
+        return replace(self, ready=tuple(zip(blocks, zip(*made, strict=True), strict=True)))
 
     def through(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D), the vision tokens replaced by what ``block`` makes of them.
@@ -207,7 +228,8 @@ class Recall:
         """
         if hidden.ndim != 3:
             raise ValueError(f"the decoder's hidden states have shape {tuple(hidden.shape)}, expected (B, S, D)")
-        columns = [self._arguments(block, memory, layout, hidden) for memory, layout in self.parts]
+        ready = next((made for owner, made in self.ready if owner is block), (None,) * len(self.parts))
+        columns = [self._arguments(block, *part, hidden, made) for part, made in zip(self.parts, ready, strict=True)]
         if len(columns) == 1:
             tokens, features, options = columns[0]
             made: list[Tensor] = [block(tokens, features, **options)]
@@ -220,14 +242,14 @@ class Recall:
         return hidden
 
     def _arguments(
-        self, block: Callable[..., Any], memory: VisionMemory, layout: VisionLayout, hidden: Tensor
+        self, block: Callable[..., Any], memory: VisionMemory, layout: VisionLayout, hidden: Tensor, ready: Any
     ) -> tuple[Tensor, Any, dict[str, Any]]:
-        """Tokens, features and options of a block's call for tiles of one size."""
+        """Tokens, features, or what is ready of them, and options of a block's call for tiles of one size."""
         device = hidden.device
         options: dict[str, Any] = {
             "token_grid": memory.token_grid,
             "feature_grid": memory.feature_grid,
-            "saliency": None if memory.saliency is None else memory.saliency.to(device),
+            "saliency": None if memory.saliency is None or ready is not None else memory.saliency.to(device),
         }
         mixer: Any = getattr(block, "token_mixer", None)
         if mixer is not None:
@@ -235,6 +257,8 @@ class Recall:
             if mixer.kind == "text_guided":
                 nowhere = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=device)
                 options["text"] = layout.text_before(hidden, nowhere if self.text is None else self.text.to(device))
+        if ready is not None:
+            return layout.gather(hidden), ready, options
         levels = [level.to(device) for level in memory.levels]
         return layout.gather(hidden), levels[0] if len(levels) == 1 else levels, options
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
+import torch
 from torch import Tensor, nn
 
 from vision_remember.config import VisionRememberConfig
 from vision_remember.grid import Grid
-from vision_remember.interactions import TokenMixer, build_interaction, interaction_options
+from vision_remember.interactions import SELA, TokenMixer, build_interaction, interaction_options
+from vision_remember.interactions.bank import lay_side_by_side
 from vision_remember.interactions.levels import Features, are_features
 from vision_remember.interactions.token_mixer import TokenMixerKind
 
@@ -86,10 +88,24 @@ class VisionRemember(nn.Module):
             **options,
         )
 
-    def prepare(self, features: Features, *, feature_grid: Grid, saliency: Tensor | None = None) -> Any:
-        """The part of the work that needs the image alone; give the result to :meth:`forward` as ``features``."""
-        saliency = None if saliency is None else self._cast(saliency)
-        return self.interaction.prepare(self._cast_features(features), feature_grid=feature_grid, saliency=saliency)
+    def prepare(
+        self,
+        features: Features,
+        *,
+        feature_grid: Grid,
+        saliency: Tensor | None = None,
+        token_grid: Grid | None = None,
+    ) -> Any:
+        """The part of the work that needs the image alone; give the result to :meth:`forward` as ``features``.
+
+        With ``token_grid`` it fits tokens of that grid alone, and saves them copies; see :meth:`Interaction.prepare`.
+        """
+        return self.interaction.prepare(
+            self._cast_features(features),
+            feature_grid=feature_grid,
+            saliency=None if saliency is None else self._cast(saliency),
+            token_grid=token_grid,
+        )
 
     @overload
     def forward(
@@ -136,7 +152,7 @@ class VisionRemember(nn.Module):
         Args:
             tokens: (B, h*w, D), the vision tokens of the residual stream, raster order.
             features: (B, H*W, C), raster order, the levels joined on channels; or a list of (B, H*W, c), one per level,
-                of whatever widths, which are then never copied into one tensor; or what :meth:`prepare` returned.
+                of whatever widths, which never need a copy that joins them; or what :meth:`prepare` returned.
             token_grid: (h, w).
             feature_grid: (H, W).
             saliency: (B, H*W), or None.
@@ -209,3 +225,67 @@ class VisionRemember(nn.Module):
 
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(self.norm.weight.dtype)
+
+
+def prepare_together(
+    blocks: Sequence[nn.Module],
+    features: Sequence[Tensor],
+    *,
+    feature_grid: Grid,
+    token_grid: Grid,
+    saliency: Tensor | None = None,
+) -> list[Any]:
+    """What each block needs of an image, the parts that they share made once.
+
+    Cells are ordered and normalised alike for all blocks. Without gradients keys and values are made as well; with them
+    that is left to each block's own call, which may be recomputed or sharded.
+
+    Args:
+        blocks: those that will read the image.
+        features: one (B, H*W, c) per level.
+        feature_grid: (H, W).
+        token_grid: (h, w).
+        saliency: (B, H*W), or None.
+
+    Returns:
+        For each block what its forward takes for ``features``; None where it has to be given the levels: a stranger, an
+        interaction without regions, weights that are elsewhere or in shards, features that learn.
+    """
+    learning = torch.is_grad_enabled()
+    prepared: list[Any] = [None] * len(blocks)
+    if any(level.requires_grad for level in features):
+        return prepared
+    alike: dict[tuple[Any, ...], dict[int, SELA]] = {}
+    for number, block in enumerate(blocks):
+        reader = _reader_at_hand(block, features[0].device)
+        if reader is not None:
+            alike.setdefault((*reader.arrangement, next(reader.parameters()).dtype), {})[number] = reader
+    for (*_, dtype), readers in alike.items():
+        cells = next(iter(readers.values())).region_cells(
+            [level.to(dtype) for level in features],
+            None if saliency is None else saliency.to(dtype, memory_format=torch.contiguous_format),
+            feature_grid=feature_grid,
+            token_grid=token_grid,
+        )
+        if cells is not None:
+            made = [cells] * len(readers) if learning else SELA.project_together(list(readers.values()), cells)
+            for number, own in zip(readers, made, strict=True):
+                prepared[number] = own
+    return prepared
+
+
+def lay_weights_side_by_side(blocks: Sequence[VisionRemember]) -> None:
+    """Lets :func:`prepare_together` make the keys and values of all blocks by one product. For new blocks only."""
+    own = [block.interaction.bankable if type(block.interaction) is SELA else [] for block in blocks]
+    if all(own):
+        lay_side_by_side([weight for weights in own for weight in weights])
+
+
+def _reader_at_hand(block: nn.Module, device: torch.device) -> SELA | None:
+    """The interaction of a block that reads regions and whose weights can be used ahead of its own call."""
+    if type(block) is not VisionRemember or "forward" in block.__dict__ or type(block.interaction) is not SELA:
+        return None
+    # In shards they are no plain parameters, and offloaded they are on no device that computes.
+    here = all(isinstance(p, nn.Parameter) and not hasattr(p, "device_mesh") for p in block.parameters())
+    here = here and all(p.device == device for p in block.parameters())
+    return block.interaction if here else None

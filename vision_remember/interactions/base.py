@@ -35,13 +35,22 @@ class Interaction(nn.Module, Generic[P]):
         self.feature_dim = feature_dim
         self.level_dims = tuple(level_dims or (feature_dim,))
 
-    def prepare(self, features: Features, *, feature_grid: Grid, saliency: Tensor | None = None) -> P:
+    def prepare(
+        self,
+        features: Features,
+        *,
+        feature_grid: Grid,
+        saliency: Tensor | None = None,
+        token_grid: Grid | None = None,
+    ) -> P:
         """What the layer needs of an image, once per image, whatever the tokens.
 
         Args:
             features: (B, H*W, C), raster order, the levels joined on channels; or one (B, H*W, c) per level.
             feature_grid: (H, W).
             saliency: (B, H*W), or None for no saliency.
+            token_grid: (h, w) of the tokens to come, where that is known: what is prepared then fits these alone, and
+                may stand in an order of theirs, which saves copies later.
 
         Raises:
             ValueError: shapes and grids that do not fit together.
@@ -55,7 +64,9 @@ class Interaction(nn.Module, Generic[P]):
             raise ValueError(f"features {tuple(features.shape)}: expected width feature_dim={self.feature_dim}")
         if saliency is not None and saliency.shape != first.shape[:2]:
             raise ValueError(f"saliency {tuple(saliency.shape)}: expected (B, H*W) = {tuple(first.shape[:2])}")
-        return self.project(features, saliency)
+        if token_grid is not None:
+            check_grid("token_grid", token_grid)
+        return self.project(features, saliency, feature_grid=feature_grid, token_grid=token_grid)
 
     def _checked_levels(self, levels: Sequence[Tensor]) -> Sequence[Tensor]:
         widths = tuple(level.shape[2] for level in levels)
@@ -67,7 +78,7 @@ class Interaction(nn.Module, Generic[P]):
             )
         return levels
 
-    def project(self, features: Features, saliency: Tensor | None) -> P:
+    def project(self, features: Features, saliency: Tensor | None, *, feature_grid: Grid, token_grid: Grid | None) -> P:
         """:meth:`prepare` after its checks."""
         raise NotImplementedError
 
@@ -110,7 +121,7 @@ class Interaction(nn.Module, Generic[P]):
             images = levels[0].shape[0] if levels else 0
             if images != tokens.shape[0]:
                 raise ValueError(f"{tokens.shape[0]} token grids, but features of {images} images")
-            features = self.prepare(features, feature_grid=feature_grid, saliency=saliency)
+            features = self.prepare(features, feature_grid=feature_grid, saliency=saliency, token_grid=token_grid)
         elif saliency is not None:
             raise ValueError("saliency was given beside prepared features; give it to prepare() instead")
         return self.attend(tokens, cast(P, features), token_grid=token_grid, feature_grid=feature_grid)

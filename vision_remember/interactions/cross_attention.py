@@ -85,13 +85,25 @@ class CrossAttention(Interaction[PreparedCells]):
         """(B, heads, h*w, d) queries; (B, heads, M, d) keys; (B, heads, M, d_v) values -> (B, heads, h*w, d_v)."""
         raise NotImplementedError
 
-    def project(self, features: Features, saliency: Tensor | None) -> PreparedCells:
+    def project(
+        self, features: Features, saliency: Tensor | None, *, feature_grid: Grid, token_grid: Grid | None
+    ) -> PreparedCells:
         """Keys and values of the cells; see :meth:`Interaction.prepare`."""
-        features = self.fusion(features)
+        return self.keys_and_values(self.fusion(features), saliency)
+
+    def keys_and_values(self, features: Features, saliency: Tensor | None) -> PreparedCells:
+        """Keys and values of cells whose levels are fused already."""
         key, value = projected(self.vr_key, features), projected(self.vr_value, features)
-        if saliency is not None:
-            value = value * saliency.repeat(1, self.fusion.key_levels)[..., None].to(value.dtype)
-        return PreparedCells(split_heads(key, self.num_heads), split_heads(value, self.num_heads))
+        return PreparedCells(
+            split_heads(key, self.num_heads), split_heads(self.weighted(value, saliency), self.num_heads)
+        )
+
+    def weighted(self, value: Tensor, saliency: Tensor | None) -> Tensor:
+        """Values times the saliency of their cells, (B, M, width)."""
+        if saliency is None:
+            return value
+        levels = self.fusion.key_levels
+        return value * (saliency if levels == 1 else saliency.repeat(1, levels)).unsqueeze(-1).to(value.dtype)
 
     def attend(self, tokens: Tensor, prepared: PreparedCells, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
         """The tokens' updates; see :meth:`Interaction.attend`."""

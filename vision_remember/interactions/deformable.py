@@ -86,12 +86,14 @@ class DeformableAttention(Interaction[PreparedLevels]):
         self.vr_out = projection(self.attn_dim, query_dim, output_layers)
         self._start(zero_init)
 
-    def project(self, features: Features, saliency: Tensor | None) -> PreparedLevels:
+    def project(
+        self, features: Features, saliency: Tensor | None, *, feature_grid: Grid, token_grid: Grid | None
+    ) -> PreparedLevels:
         """Values of the cells, level by level; see :meth:`Interaction.prepare`."""
         levels = split_levels(self.fusion(features), self.fusion.out_dims)
         values = [project(level) for project, level in zip(self.vr_values, levels, strict=True)]
         if saliency is not None:
-            values = [value * saliency[..., None].to(value.dtype) for value in values]
+            values = [value * saliency.unsqueeze(-1).to(value.dtype) for value in values]
         return PreparedLevels(tuple(value.unflatten(-1, (self.num_heads, -1)) for value in values))
 
     def attend(self, tokens: Tensor, prepared: PreparedLevels, *, token_grid: Grid, feature_grid: Grid) -> Tensor:

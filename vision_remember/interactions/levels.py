@@ -99,10 +99,19 @@ class LevelLinear(nn.Linear):
         if isinstance(features, Tensor):
             return super().forward(features)
         weights = self.weight.split([level.shape[-1] for level in features], dim=1)
-        total = F.linear(features[0], weights[0], self.bias)
+        total = F.linear(features[0], weights[0], self.bias).flatten(0, -2)
         for level, weight in zip(features[1:], weights[1:], strict=True):
-            total = total + F.linear(level, weight)
-        return total
+            rows = level.flatten(0, -2)
+            # In place where no gradient may need the sum so far: out of place it is copied first.
+            add = total.addmm if torch.is_grad_enabled() else total.addmm_
+            total = add(rows, weight.t())
+        return total.view(*features[0].shape[:-1], self.out_features)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` is of this very class and nothing is hooked to it, so that its weights tell what it does."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return type(module) is kind and not hooked
 
 
 class LevelStack(nn.Module):

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vision_remember.grid import Grid, check_grid
+from vision_remember.interactions.absorbed import absorbed_attention, pays_off
+from vision_remember.interactions.bank import keys_and_values, side_by_side
 from vision_remember.interactions.cross_attention import CrossAttention
-from vision_remember.interactions.levels import FeatureNorm
+from vision_remember.interactions.fusion import Concat
+from vision_remember.interactions.levels import FeatureNorm, Features, LevelLinear, is_plain, split_levels
+from vision_remember.interactions.parts import split_heads
+from vision_remember.interactions.region_cells import PreparedRegions, RegionCells, regions_between
 from vision_remember.ops import BACKENDS, local_attention, region_bias
+from vision_remember.ops.windowed import attend_regions, merge_query_blocks, split_query_blocks
 
 Position = Literal["specialised", "learned", "none"]
 
@@ -45,6 +51,10 @@ class SELA(CrossAttention):
             projection, as multi-head attention has them of its own.
         zero_init: start the last output layer at zero, so that the update is exactly zero.
         backend: back-end of :func:`vision_remember.local_attention`.
+        absorb: attend to the features themselves, with the key projection drawn to the queries and the value projection
+            to what was read: the same function in other order, with fewer products where a region has fewer queries
+            than cells. True wherever grids divide evenly; "auto" where it was measured to pay off besides: without
+            gradients, on a CPU; False to project every cell.
 
     Raises:
         ValueError: a width that the heads do not divide, or an unknown option.
@@ -69,6 +79,7 @@ class SELA(CrossAttention):
         inner_projections: bool = False,
         zero_init: bool = True,
         backend: str = "auto",
+        absorb: bool | Literal["auto"] = False,
     ) -> None:
         super().__init__(
             query_dim,
@@ -88,17 +99,100 @@ class SELA(CrossAttention):
             raise ValueError(f"window={window}: expected a positive number of tokens per block side")
         check_grid("cells", cells)
         BACKENDS[backend]  # for its error: the earliest place to notice a typo
+        if absorb not in (True, False, "auto"):
+            raise ValueError(f"absorb={absorb!r}: expected True, False or 'auto'")
+        if absorb and absorb != "auto" and self.fusion.key_levels > 1:
+            raise ValueError(
+                f"absorb=True: fusion {fusion!r} has a projection for each level; use absorb='auto' or False"
+            )
         self.window = window
         self.backend = backend
+        self.absorb = absorb
         self.position = _position_table(position, self.num_heads, window, cells, self.fusion.key_levels)
+
+    def project(
+        self, features: Features, saliency: Tensor | None, *, feature_grid: Grid, token_grid: Grid | None
+    ) -> Any:
+        """Keys and values of the cells, by regions where the grids allow; see :meth:`Interaction.prepare`."""
+        cells = self.region_cells(features, saliency, feature_grid=feature_grid, token_grid=token_grid)
+        if cells is None:
+            return super().project(features, saliency, feature_grid=feature_grid, token_grid=token_grid)
+        return self.project_regions(cells)
+
+    @property
+    def arrangement(self) -> tuple[Any, ...]:
+        """What :meth:`region_cells` depends on: interactions of equal arrangement may share its result."""
+        return self.window, self.backend, self.level_dims, self.fusion.norm.kind
+
+    def region_cells(
+        self,
+        features: Features,
+        saliency: Tensor | None,
+        *,
+        feature_grid: Grid,
+        token_grid: Grid | None,
+    ) -> RegionCells | None:
+        """What of the preparation needs no weights: the normalised cells by regions; None for cells in raster order."""
+        if token_grid is None or self.backend not in ("auto", "windowed"):
+            return None
+        axes = regions_between(token_grid, feature_grid, self.window)
+        if axes is None:
+            return None
+        # Into their order they have to be copied in any case, by one copy for all levels. With gradients they stay
+        # apart: a backward pass would hold several tensors as large as all of them.
+        cells = RegionCells.of(features, saliency, axes, token_grid, join=not torch.is_grad_enabled())
+        return cells._replace(features=self.fusion.norm(cells.features))
+
+    def project_regions(self, cells: RegionCells) -> RegionCells | PreparedRegions:
+        """Keys and values of cells by regions; the fused cells themselves where the projections are absorbed."""
+        features = self.fusion.fuse(cells.features)
+        if self._absorbs(features):
+            return cells._replace(features=features, fused=True)
+        key, value = self.keys_and_values(features, cells.saliency)[:2]
+        return PreparedRegions(key, value, cells.token_grid)
+
+    @property
+    def bankable(self) -> list[nn.Parameter]:
+        """Key and value weights, where they tell all about the projections of cells; else none."""
+        plain = type(self.fusion) is Concat and all(is_plain(m, LevelLinear) for m in (self.vr_key, self.vr_value))
+        return [self.vr_key.weight, self.vr_value.weight] if plain else []  # type: ignore[list-item]
+
+    @staticmethod
+    def project_together(readers: Sequence[SELA], cells: RegionCells) -> list[RegionCells | PreparedRegions]:
+        """:meth:`project_regions` of each; by one product where the weights stand side by side."""
+        features, own = cells.features, [reader.bankable for reader in readers]
+        absorbed = any(reader._absorbs(features) for reader in readers)
+        # On a CPU one product takes as long as its parts, and copies of a model, whose weights stand apart, would
+        # differ from it in the last bits.
+        if isinstance(features, Tensor) and features.is_cuda and all(own) and not absorbed:
+            bank = side_by_side([weight for weights in own for weight in weights])
+            if bank is not None:
+                made = keys_and_values(features, bank, cells.saliency, [reader.num_heads for reader in readers])
+                return [PreparedRegions(key, value, cells.token_grid) for key, value in made]
+        return [reader.project_regions(cells) for reader in readers]
+
+    def attend(self, tokens: Tensor, prepared: Any, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
+        """The tokens' updates; see :meth:`Interaction.attend`."""
+        if isinstance(prepared, RegionCells) and not prepared.fused:
+            prepared = self.project_regions(prepared)
+        if not isinstance(prepared, (RegionCells, PreparedRegions)):
+            return super().attend(tokens, prepared, token_grid=token_grid, feature_grid=feature_grid)
+        prepared.check(tokens, token_grid, self.window)
+        query = split_heads(self.vr_query(tokens), self.num_heads)
+        query = split_query_blocks(query, token_grid, self.window)
+        bias = self._bias(query, token_grid, feature_grid)
+        if isinstance(prepared, PreparedRegions):
+            read = attend_regions(query, prepared.key, prepared.value, bias)
+        else:
+            key_weight: Tensor = self.vr_key.weight  # type: ignore[assignment]
+            value_weight: Tensor = self.vr_value.weight  # type: ignore[assignment]
+            levels = split_levels(prepared.features, self.fusion.out_dims)
+            read = absorbed_attention(query, levels, key_weight, value_weight, saliency=prepared.saliency, bias=bias)
+        read = merge_query_blocks(read, token_grid, self.window)
+        return self.vr_out(read.transpose(1, 2).flatten(2))
 
     def read(self, query: Tensor, key: Tensor, value: Tensor, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
         """Softmax over the cells under each token; see :meth:`CrossAttention.read`."""
-        bias = None
-        if self.position is not None:
-            bias = region_bias(self.position, query_grid=token_grid, key_grid=feature_grid, window=self.window)
-            # under autocast the queries are narrower than the parameters
-            bias = torch.cat(bias.to(query.dtype).chunk(self.fusion.key_levels), dim=-1)
         return local_attention(
             query,
             key,
@@ -107,9 +201,28 @@ class SELA(CrossAttention):
             key_grid=feature_grid,
             key_levels=self.fusion.key_levels,
             window=self.window,
-            bias=bias,
+            bias=self._bias(query, token_grid, feature_grid),
             backend=self.backend,
         )
+
+    def _bias(self, query: Tensor, token_grid: Grid, feature_grid: Grid) -> Tensor | None:
+        if self.position is None:
+            return None
+        bias = region_bias(self.position, query_grid=token_grid, key_grid=feature_grid, window=self.window)
+        # under autocast the queries are narrower than the parameters
+        bias = bias.to(query.dtype)
+        levels = self.fusion.key_levels
+        return bias if levels == 1 else torch.cat(bias.chunk(levels), dim=-1)
+
+    def _absorbs(self, features: Features) -> bool:
+        # A stranger in a projection's place, a LoRA or quantised layer, is called, not looked into.
+        if not self.absorb or not all(is_plain(module, LevelLinear) for module in (self.vr_key, self.vr_value)):
+            return False
+        if self.absorb != "auto":
+            return True
+        first = features if isinstance(features, Tensor) else features[0]
+        inference = first.device.type == "cpu" and not torch.is_grad_enabled()
+        return inference and pays_off(self.window**2, first.shape[1], self.attn_dim // self.num_heads)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, window={self.window}, backend={self.backend!r}"

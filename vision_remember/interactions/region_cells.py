@@ -1,0 +1,98 @@
+"""Cells in the order of their regions: ordered once per image, so that no layer has to copy them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vision_remember.grid import Grid
+from vision_remember.interactions.levels import Features
+from vision_remember.ops.regions import AxisRegions
+from vision_remember.ops.windowed import to_regions
+
+
+def regions_between(token_grid: Grid, feature_grid: Grid, window: int) -> tuple[AxisRegions, AxisRegions] | None:
+    """The regions of both axes where they tile the cells; None where they overlap or differ in size."""
+    rows, columns = (AxisRegions(*sides, window) for sides in zip(token_grid, feature_grid, strict=True))
+    return (rows, columns) if rows.even and columns.even else None
+
+
+class RegionCells(NamedTuple):
+    """The cells of B images, region by region: R = B * regions, n cells in each.
+
+    Attributes:
+        features: (R, n, C), the levels joined, or one (R, n, c) per level.
+        saliency: (R, n), or None.
+        token_grid: (h, w) of the tokens whose regions these are.
+        fused: whether the levels are fused.
+    """
+
+    features: Features
+    saliency: Tensor | None
+    token_grid: Grid
+    fused: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        features: Features,
+        saliency: Tensor | None,
+        axes: tuple[AxisRegions, AxisRegions],
+        token_grid: Grid,
+        *,
+        join: bool = False,
+    ) -> RegionCells:
+        """Features in raster order, (B, H*W, C) or one (B, H*W, c) per level, and saliency (B, H*W), by regions.
+
+        They are copied into their order; with ``join`` by one copy for all levels, which then stand in one tensor.
+        """
+        ordered: Features
+        if isinstance(features, Tensor):
+            ordered = _by_regions(to_regions(features, *axes))
+        elif join:
+            ordered = _by_regions(torch.cat([to_regions(level, *axes) for level in features], dim=-1))
+        else:
+            ordered = [_by_regions(to_regions(level, *axes)) for level in features]
+        if saliency is not None:
+            saliency = _by_regions(to_regions(saliency.unsqueeze(-1), *axes)).squeeze(-1)
+        return cls(ordered, saliency, (token_grid[0], token_grid[1]))
+
+    def check(self, tokens: Tensor, token_grid: Grid, window: int) -> None:
+        """Raises ValueError unless these are the regions of (B, h*w, D) ``tokens``."""
+        first = self.features if isinstance(self.features, Tensor) else self.features[0]
+        _check(first, self.token_grid, tokens, token_grid, window)
+
+
+class PreparedRegions(NamedTuple):
+    """Keys and values of B images, region by region.
+
+    Attributes:
+        key: (R, heads, n, d).
+        value: (R, heads, n, d), saliency already multiplied in.
+        token_grid: (h, w) of the tokens whose regions these are.
+    """
+
+    key: Tensor
+    value: Tensor
+    token_grid: Grid
+
+    def check(self, tokens: Tensor, token_grid: Grid, window: int) -> None:
+        """Raises ValueError unless these are the regions of (B, h*w, D) ``tokens``."""
+        _check(self.key, self.token_grid, tokens, token_grid, window)
+
+
+def _check(prepared: Tensor, prepared_for: Grid, tokens: Tensor, token_grid: Grid, window: int) -> None:
+    if prepared_for != tuple(token_grid):
+        raise ValueError(f"this image was prepared for token_grid={prepared_for}, not for {token_grid}")
+    regions = (token_grid[0] // window) * (token_grid[1] // window)
+    if prepared.shape[0] != tokens.shape[0] * regions:
+        raise ValueError(f"{tokens.shape[0]} token grids, but {prepared.shape[0] // regions} prepared images")
+    if prepared.device != tokens.device:
+        raise ValueError(f"devices differ: query {tokens.device}, key {prepared.device}")
+
+
+def _by_regions(x: Tensor) -> Tensor:
+    """(B, rows, columns, cells, cells, C) -> (R, n, C)."""
+    return x.flatten(3, 4).flatten(0, 2)
