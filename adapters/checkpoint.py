@@ -24,7 +24,7 @@ from vision_remember.projectors import Projector, projector_name
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_CARD_FILE = "README.md"
+CARD_FILE = "README.md"
 _FORMAT = "vision-remember"
 _FORMAT_VERSION = 1
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -78,10 +78,13 @@ def describe_projector(projector: nn.Module | None) -> dict[str, Any] | None:
     return described
 
 
-def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.PathLike[str]) -> None:
+def save_adapter(
+    attachment: Attachment, parts: HostParts, directory: str | os.PathLike[str], *, shown_as: str | None = None
+) -> None:
     """Writes an adapter folder; files are written aside and then renamed, so that none is ever half there.
 
-    Of processes that share a model in shards, all have to call this, and the first one writes.
+    Of processes that share a model in shards, all have to call this, and the first one writes. ``shown_as`` is what the
+    card tells its readers to load; None for a folder.
     """
     projector = None if parts.projector is None else trained_copy(parts.projector)
     description = {
@@ -103,9 +106,9 @@ def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.P
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as aside:
         (Path(aside) / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
-        (Path(aside) / _CARD_FILE).write_text(model_card(description, tensors))
+        (Path(aside) / CARD_FILE).write_text(model_card(description, tensors, shown_as))
         save_file(tensors, Path(aside) / WEIGHTS_FILE, metadata={"format": "pt"})
-        for name in (WEIGHTS_FILE, _CARD_FILE, CONFIG_FILE):
+        for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
             os.replace(Path(aside) / name, target / name)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         load_vision_remember,
         region_attention,
         saliency_map,
+        write_report,
     )
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ _FROM_ADAPTERS = (
     "load_vision_remember",
     "region_attention",
     "saliency_map",
+    "write_report",
 )
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "local_attention",
     "region_attention",
     "saliency_map",
+    "write_report",
 ]
 
 

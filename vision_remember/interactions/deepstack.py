@@ -37,8 +37,8 @@ class DeepStack(Interaction[PreparedLevels]):
 
     The rival that attention has to beat: the same levels, the same region, the same places in the decoder, but what is
     added depends on the image alone. The cells under a token are laid one after the other, as in Qwen3-VL's patch
-    merger, so that the MLP can tell them apart; ``cells=(1, 1)`` averages them. DeepStack and Qwen3-VL give each decoder
-    layer a level of its own, here each block reads all of them.
+    merger, so that the MLP can tell them apart; ``cells=(1, 1)`` averages them. In DeepStack and Qwen3-VL each decoder
+    layer has a level of its own, here each block reads all of them.
 
     Args:
         query_dim: D, width of the tokens.
