@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -25,9 +26,10 @@ from vision_remember.projectors import Projector, projector_name
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_CARD_FILE = "README.md"
+CARD_FILE = "README.md"
 _FORMAT = "vision-remember"
 _FORMAT_VERSION = 1
+_MARK = "saved_as"
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WITHOUT_TILES = {"LlavaNextForConditionalGeneration": "LlavaForConditionalGeneration"}
 """Classes with the same parts as another, but for the tiles: each takes the other's adapters."""
@@ -82,18 +84,22 @@ def describe_projector(projector: nn.Module | None) -> dict[str, Any] | None:
     return described
 
 
-def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.PathLike[str]) -> None:
+def save_adapter(
+    attachment: Attachment, parts: HostParts, directory: str | os.PathLike[str], *, shown_as: str | None = None
+) -> None:
     """Writes an adapter folder aside and then renames it, so that nothing is ever half there.
 
-    A folder that exists keeps what else it holds: there the files are renamed one by one. A write that fails, or is cut
-    short, leaves what was there.
+    A folder that exists keeps what else it holds: there the files are renamed one by one, and a mark in both tells files
+    of two saves apart. A write that fails, or is cut short, leaves what was there.
 
-    Of processes that share a model in shards, all have to call this, and the first one writes.
+    Of processes that share a model in shards, all have to call this, and the first one writes. ``shown_as`` is what the
+    card tells its readers to load; None for a folder.
     """
     projector = None if parts.projector is None else trained_copy(parts.projector)
     description = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
+        _MARK: uuid4().hex,
         "base": describe_base(parts),
         "config": attachment.config.to_dict(),
         "projector": describe_projector(projector),
@@ -112,10 +118,10 @@ def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.P
         written = Path(aside, "adapter")
         written.mkdir()  # with the usual permissions, unlike a temporary folder
         (written / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
-        (written / _CARD_FILE).write_text(model_card(description, tensors))
-        save_file(tensors, written / WEIGHTS_FILE, metadata={"format": "pt"})
+        (written / CARD_FILE).write_text(model_card(description, tensors, shown_as))
+        save_file(tensors, written / WEIGHTS_FILE, metadata={"format": "pt", _MARK: description[_MARK]})
         if target.is_dir():
-            for name in (WEIGHTS_FILE, _CARD_FILE, CONFIG_FILE):
+            for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
                 os.replace(written / name, target / name)
         else:
             os.rename(written, target)
@@ -160,7 +166,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
         spec=spec,
         base=data["base"],
         projector=data.get("projector"),
-        tensors=_read_tensors(weights_file),
+        tensors=_read_tensors(weights_file, data.get(_MARK)),
     )
 
 
@@ -219,9 +225,12 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:160]} ... ({len(text)} characters)"
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _read_tensors(file: Path, mark: object) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as tensors:
+            own_mark = (tensors.metadata() or {}).get(_MARK)
+            if own_mark is not None and mark is not None and own_mark != mark:
+                raise ValueError(f"{file} and {CONFIG_FILE} beside it were not saved together: a save was interrupted")
             return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is no readable safetensors file (truncated, or a pickle?): {error}") from error

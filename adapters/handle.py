@@ -13,8 +13,10 @@ from vision_remember.adapters.attachment import Attachment
 from vision_remember.adapters.checkpoint import save_adapter
 from vision_remember.adapters.compress import CompressionHandle
 from vision_remember.adapters.resolve import HostParts, resolve
+from vision_remember.adapters.share import push_adapter
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.config import VisionRememberConfig
+from vision_remember.interactions import interaction_options
 
 
 class VisionRememberHandle:
@@ -138,25 +140,72 @@ class VisionRememberHandle:
         """
         save_adapter(self._attachment, self._parts(), directory)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload Vision Remember adapter",
+        create_pr: bool = False,
+        token: str | None = None,
+    ) -> str | None:
+        """Uploads the adapter folder to the Hugging Face hub: safetensors, JSON and model card, nothing else.
+
+        Args:
+            repo_id: "owner/name"; made if it is not there.
+            private: of a repository that is made; None for the owner's default.
+            revision: the branch to commit to, made if it is not there; None for the main branch.
+            commit_message: of the commit.
+            create_pr: open a pull request instead of committing.
+            token: None for the one that ``hf auth login`` stored.
+
+        Returns:
+            The URL of the commit or pull request. The commit's hash, given to
+            :func:`vision_remember.load_vision_remember` as ``revision``, brings back just this adapter. None under
+            FSDP2 on all processes but the first; all have to call this.
+
+        Raises:
+            ValueError: no repository id.
+        """
+        return push_adapter(
+            self._attachment,
+            self._parts(),
+            repo_id,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            token=token,
+        )
+
+    def summary(self) -> dict[str, str]:
+        """What was attached where, line by line: the table that ``print(handle)`` shows."""
+        parts, config = self._parts(), self.config
+        saliency = f"{config.saliency} at level {config.saliency_level}" if config.saliency else "none"
+        interaction = [config.interaction]
+        for option in ("window", "position"):
+            if option in interaction_options(config.interaction):
+                interaction.append(f"{option} {getattr(config, option)}")
+        return {
+            "host": type(parts.model).__name__,
+            "encoder": f"{type(parts.encoder).__name__}, {self._attachment.tap.depth} blocks",
+            "levels": ", ".join(map(str, config.levels or ())),
+            "features": f"{_by(parts.feature_grid)} cells" if parts.feature_grid else "as many cells as an image has",
+            "projector": f"{type(parts.projector).__name__ if parts.projector else 'none'}, {_tokens(parts, config)}",
+            "decoder": f"{parts.spec.decoder}, {len(parts.layers)} layers of width {parts.hidden_size}",
+            "before layers": ", ".join(map(str, config.layers)),
+            "interaction": ", ".join(interaction),
+            "saliency": saliency,
+            **{f"parameters, {name}": f"{count:,}" for name, count, _ in self._counts(parts)},
+        }
+
     def __repr__(self) -> str:
         if not self._own.installed:
             return "Vision Remember (detached)"
-        parts, config = self._parts(), self.config
-        saliency = f"{config.saliency} at level {config.saliency_level}" if config.saliency else "none"
-        rows = [
-            ("host", type(parts.model).__name__),
-            ("encoder", f"{type(parts.encoder).__name__}, {self._attachment.tap.depth} blocks"),
-            ("levels", ", ".join(map(str, config.levels or ()))),
-            ("features", f"{_by(parts.feature_grid)} cells" if parts.feature_grid else "as many cells as an image has"),
-            ("projector", f"{type(parts.projector).__name__ if parts.projector else 'none'}, {_tokens(parts, config)}"),
-            ("decoder", f"{parts.spec.decoder}, {len(parts.layers)} layers of width {parts.hidden_size}"),
-            ("before layers", ", ".join(map(str, config.layers))),
-            ("interaction", f"{config.interaction}, window {config.window}, position {config.position}"),
-            ("saliency", saliency),
-            *((f"parameters, {name}", f"{count:,}") for name, count, _ in self._counts(parts)),
-        ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(["Vision Remember", *(f"  {name:<{width}}  {value}" for name, value in rows)])
+        rows = self.summary()
+        width = max(map(len, rows))
+        return "\n".join(["Vision Remember", *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
 
     def _parts(self) -> HostParts:
         return resolve(self._attachment.model, self._attachment.spec)

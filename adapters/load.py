@@ -11,8 +11,6 @@ from torch import nn
 from vision_remember.adapters.attach import attach_vision_remember
 from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.checkpoint import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
     adapter_modules,
     check_base,
     copy_weights,
@@ -25,6 +23,7 @@ from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.rehearsal import rehearse
 from vision_remember.adapters.resolve import resolve, trained_copy, unwrapped
 from vision_remember.adapters.sharding import class_name
+from vision_remember.adapters.share import fetch_adapter
 from vision_remember.adapters.versions import warn_outside_the_windows
 
 
@@ -38,7 +37,7 @@ def load_vision_remember(
         dir_or_repo: an adapter folder, or a repository id of the Hugging Face hub.
         processor: the base model's processor; needed when the adapter holds a projector, whose number of tokens the
             processor has to emit.
-        revision: of the repository, if one is given.
+        revision: of the repository: a branch, a tag, or a commit, by which nobody can change what you load.
 
     Returns:
         The handle, as :func:`vision_remember.attach_vision_remember` returns it.
@@ -110,10 +109,10 @@ def restore_vision_remember(model: nn.Module, folder: str | os.PathLike[str]) ->
 def _folder(dir_or_repo: str | os.PathLike[str], revision: str | None) -> Path:
     path = Path(dir_or_repo)
     if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r}: {path} is a folder, which has no revisions")
         return path
     name = os.fspath(dir_or_repo)
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise FileNotFoundError(f"{name} is neither a folder nor a repository id (owner/name)")
-    from huggingface_hub import snapshot_download  # slow to import, and seldom needed
-
-    return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    return fetch_adapter(name, revision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -271,3 +272,49 @@ def test_loading_onto_an_attached_model_is_refused(folder: Path) -> None:
     model, processor = fresh()
     attach_vision_remember(model, [1])
     refused(folder, "attached to this model already", RuntimeError, host=(model, processor))
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_an_interrupted_save_leaves_the_last_adapter_or_says_so(
+    folder: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted before any of the renames, the folder is the old one; between them it is none; after them the new."""
+    handle = trained(position="learned")[1]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    replace, left = os.replace, iter(range(step))
+
+    def interrupted(source: Any, target: Any) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    if step < 3:
+        with pytest.raises(KeyboardInterrupt):
+            handle.save_pretrained(folder)
+    else:
+        handle.save_pretrained(folder)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["adapter"]
+    if step == 0:
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    if 0 < step < 3:
+        refused(folder, "were not saved together: a save was interrupted")
+        return
+    model, processor = fresh()
+    loaded = load_vision_remember(model, folder, processor)
+    assert loaded.config.position == ("learned" if step == 3 else "specialised")
+
+
+def test_an_interrupt_before_anything_is_renamed_leaves_no_trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = trained()[1]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vision_remember.adapters.checkpoint.save_file", fail)
+    for target in (folder, folder.parent / "new"):
+        with pytest.raises(KeyboardInterrupt):
+            handle.save_pretrained(target)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         load_vision_remember,
         region_attention,
         saliency_map,
+        write_report,
     )
     from vision_remember.adapters.llava_vr import build_llava_vr
 
@@ -45,6 +46,7 @@ _FROM_ADAPTERS = (
     "load_vision_remember",
     "region_attention",
     "saliency_map",
+    "write_report",
 )
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "local_attention",
     "region_attention",
     "saliency_map",
+    "write_report",
 ]
 
 
