@@ -89,17 +89,18 @@ def save_adapter(
 ) -> None:
     """Writes an adapter folder aside and then renames it, so that nothing is ever half there.
 
-    A folder that exists keeps what else it holds: there the files are renamed one by one, and a mark in both tells files
-    of two saves apart. A write that fails, or is cut short, leaves what was there.
+    A folder that exists keeps what else it holds: there the files are renamed one by one, and a mark in both tells
+    files of two saves apart. A write that fails, or is cut short, leaves what was there.
 
     Of processes that share a model in shards, all have to call this, and the first one writes. ``shown_as`` is what the
     card tells its readers to load; None for a folder.
     """
     projector = None if parts.projector is None else trained_copy(parts.projector)
+    mark = uuid4().hex
     description = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
-        _MARK: uuid4().hex,
+        _MARK: mark,
         "base": describe_base(parts),
         "config": attachment.config.to_dict(),
         "projector": describe_projector(projector),
@@ -119,7 +120,7 @@ def save_adapter(
         written.mkdir()  # with the usual permissions, unlike a temporary folder
         (written / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
         (written / CARD_FILE).write_text(model_card(description, tensors, shown_as))
-        save_file(tensors, written / WEIGHTS_FILE, metadata={"format": "pt", _MARK: description[_MARK]})
+        save_file(tensors, written / WEIGHTS_FILE, metadata={"format": "pt", _MARK: mark})
         if target.is_dir():
             for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
                 os.replace(written / name, target / name)

@@ -143,6 +143,8 @@ def test_tensors_that_changed_places(host: Host, folder: Path) -> None:
 def test_the_weights_of_another_adapter(host: Host, folder: Path, tmp_path: Path) -> None:
     trained(fusion="mbtf")[1].save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / WEIGHTS, folder / WEIGHTS)
+    assert "not saved together" in str(host.try_to_load(folder))
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS)  # without its mark
     assert "do not fit" in str(host.try_to_load(folder))
 
 
