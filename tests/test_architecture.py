@@ -24,7 +24,7 @@ OUTSIDE = {name: ROOT / name for name in ("examples", "benchmarks", "tests")}
 # the core's libraries, and those that one room may know besides them
 CORE_LIBRARIES = {"torch"}
 ROOM_LIBRARIES = {"vision_remember.ops": {"triton"}}
-ADAPTER_LIBRARIES = {*CORE_LIBRARIES, "transformers", "safetensors", "huggingface_hub", "numpy"}
+ADAPTER_LIBRARIES = {*CORE_LIBRARIES, "transformers", "safetensors", "huggingface_hub", "numpy", "typer"}
 
 # the two doors from the core to the adapters, opened when somebody knocks and not before
 LAZY_DOORS = {"vision_remember": "names of attach.py", "vision_remember.tap": "the table of encoders"}
