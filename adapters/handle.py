@@ -47,6 +47,11 @@ class VisionRememberHandle:
         return self._own.spec
 
     @property
+    def host(self) -> nn.Module:
+        """The model, unwrapped."""
+        return self._attachment.model
+
+    @property
     def module(self) -> nn.ModuleDict:
         """The blocks by decoder layer, as they stand in the model now."""
         return nn.ModuleDict({str(index): block for index, block in self._attachment.blocks().items()})
@@ -94,6 +99,10 @@ class VisionRememberHandle:
         if not groups:
             raise ValueError("no parameter of this model trains; set_phase(...) first")
         return groups
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters of Vision Remember, projector, encoder and language model."""
+        return {name: count for name, count, _ in self._counts(self._parts())}
 
     def detach(self) -> None:
         """Takes Vision Remember off the model: module tree, hooks and state dict are as before attach."""

@@ -27,7 +27,7 @@ ROOM_LIBRARIES = {
     "vision_remember.ops": {"triton"},
     "vision_remember.synth": {"numpy", "PIL", "matplotlib", "skimage", "sklearn"},
 }
-ADAPTER_LIBRARIES = {*CORE_LIBRARIES, "transformers", "safetensors", "huggingface_hub", "numpy"}
+ADAPTER_LIBRARIES = {*CORE_LIBRARIES, "transformers", "safetensors", "huggingface_hub", "numpy", "typer"}
 
 # the two doors from the core to the adapters, opened when somebody knocks and not before
 LAZY_DOORS = {"vision_remember": "names of attach.py", "vision_remember.tap": "the table of encoders"}

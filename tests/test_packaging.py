@@ -26,7 +26,8 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = {name: ROOT / folder for name, folder in PYPROJECT["tool"]["setuptools"]["package-dir"].items()}
-NEEDED_TO_BUILD = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "vision_remember", "adapters", "tests")
+NEEDED_TO_BUILD = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "vision_remember", "adapters")
+NEEDED_TO_BUILD += ("benchmarks", "examples", "tests")
 
 LOCATE = """
 import importlib, json, sys
