@@ -92,7 +92,7 @@ def test_generating_from_embeddings_equals_generating_from_ids(name: str) -> Non
 @every_pruner
 @pytest.mark.parametrize("first", [(1, 1), (0, 1)], ids=["images in both turns", "a text-only row in the first turn"])
 def test_a_second_turn_continues_a_pruned_cache(first: tuple[int, int], name: str) -> None:
-    """The first turn's tokens stay dropped; the second brings text, then an image."""
+    """The first turn's tokens stay dropped; the second brings text, then an image; the third a word."""
     model, _ = pruned(name)
     generator = torch.Generator().manual_seed(5)
     turn = prompt(model, first)
@@ -103,24 +103,27 @@ def test_a_second_turn_continues_a_pruned_cache(first: tuple[int, int], name: st
     mask = turn["attention_mask"]
     with torch.no_grad():
         model(**turn, past_key_values=cache, use_cache=True)
-        for ids, extra in ((words, {}), (torch.cat([image, words], 1), more)):
+        found = []
+        for ids, extra in ((words, {}), (torch.cat([image, words], 1), more), (words[:, :1], {})):
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
-            found = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra).logits
+            out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+            found.append(out.logits)
         one = [
             _turns(model, row_of(model, turn, first, row), words[row : row + 1], more["pixel_values"][row : row + 1])
             for row in range(2)
         ]
-    torch.testing.assert_close(found, torch.cat(one), **CLOSE)
+    torch.testing.assert_close(torch.cat(found[1:], 1), torch.cat(one), **CLOSE)
     assert cache.get_seq_length() == mask.shape[1]
 
 
 def _turns(model: Any, turn: dict[str, Any], words: Tensor, pixels: Tensor) -> Tensor:
-    """The last turn's logits of one row without padding."""
+    """The last two turns' logits of one row without padding."""
     cache = hf.DynamicCache()
     model(**turn, past_key_values=cache, use_cache=True)
     model(input_ids=words, past_key_values=cache, use_cache=True)
     ids = torch.cat([torch.full((1, 64), IMAGE_TOKEN), words], 1)
-    return model(input_ids=ids, pixel_values=pixels, past_key_values=cache, use_cache=True).logits
+    image = model(input_ids=ids, pixel_values=pixels, past_key_values=cache, use_cache=True).logits
+    return torch.cat([image, model(input_ids=words[:, :1], past_key_values=cache).logits], 1)
 
 
 def test_a_second_image_is_pruned_by_attention_over_the_whole_cache() -> None:
@@ -154,6 +157,26 @@ def test_a_second_image_is_pruned_by_attention_over_the_whole_cache() -> None:
         found = model(input_ids=ids[:, cut:], pixel_values=images[1:], past_key_values=cache, use_cache=True).logits
     here = alive[2][:, cut:]
     torch.testing.assert_close(found[here], wanted[here], **CLOSE)
+
+
+@every_pruner
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_of_one_length_may_lose_different_numbers_of_tokens(padded: bool, implementation: str, name: str) -> None:
+    """A row with an image is filled up to the length of a text-only one with dropped tokens, which must not be seen."""
+    model, _ = pruned(name)
+    model.set_attn_implementation(implementation)
+    inputs = prompt(model, (1,))
+    long = torch.randint(2, 80, inputs["input_ids"].shape, generator=torch.Generator().manual_seed(3))
+    rows = [inputs["input_ids"], long]
+    if padded:
+        rows.append(torch.nn.functional.pad(long[:, :9], (long.shape[1] - 9, 0)))
+    ids = torch.cat(rows)
+    together = {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": inputs["pixel_values"]}
+    found = steps(model, together)
+    torch.testing.assert_close(found[:1], steps(model, inputs), **CLOSE)
+    alone = {"input_ids": long, "attention_mask": torch.ones_like(long)}
+    torch.testing.assert_close(found[1:2], steps(model, alone), **CLOSE)
 
 
 @every_pruner
