@@ -10,6 +10,8 @@ INSTALLING := $(VENV)/.installing
 INSTALLED := $(VENV)/.installed
 # timm and open_clip bring torchvision, which must not stand beside a CPU build of torch: a folder of their own.
 EXTERNAL := $(VENV)-external
+# lmms-eval, without the hundred packages that the 13 tasks do not need, torchvision among them.
+EVALUATION := $(VENV)-evaluation
 # The model tests that transformers and PEFT ship, and what only they need.
 UPSTREAM := .venv-upstream
 # One thread per worker: more of them wait for each other, and the suite takes ten times as long.
@@ -18,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist w
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv lint format test test-all test-upstream test-versions demo clean
+.PHONY: help venv lint format test test-all test-upstream test-versions docs demo clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,18 +51,20 @@ format: venv ## sort imports, mend what ruff can mend, format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-$(EXTERNAL)/.installed: $(INSTALLED) tests/external/requirements.txt
-	@rm -rf $(EXTERNAL)
-	@$(PY) -m pip install -qq --no-deps --target $(EXTERNAL) --requirement tests/external/requirements.txt
+$(VENV)-%/.installed: $(INSTALLED) tests/%/requirements.txt
+	@rm -rf $(@D)
+	@$(PY) -m pip install -qq --no-deps --target $(@D) --requirement tests/$*/requirements.txt
 	@touch $@
 
-test: venv $(EXTERNAL)/.installed ## the tests, without those marked slow
+test: venv $(EXTERNAL)/.installed $(EVALUATION)/.installed ## the tests, without those marked slow
 	$(PYTEST) $(PYTEST_ARGS)
 	PYTHONPATH=$(EXTERNAL) $(PYTEST) tests/external
+	PYTHONPATH=$(EVALUATION) $(PYTEST) tests/evaluation
 
-test-all: venv $(EXTERNAL)/.installed ## all tests
+test-all: venv $(EXTERNAL)/.installed $(EVALUATION)/.installed ## all tests
 	$(PYTEST) -m "" $(PYTEST_ARGS)
 	PYTHONPATH=$(EXTERNAL) $(PYTEST) -m "" tests/external
+	PYTHONPATH=$(EVALUATION) $(PYTEST) -m "" tests/evaluation
 
 $(UPSTREAM)/.installed: $(INSTALLED)
 	@$(PY) -m pip install -qq --no-deps --upgrade --target $(UPSTREAM)/lib parameterized==0.9.0
@@ -72,9 +76,12 @@ test-upstream: venv $(UPSTREAM)/.installed ## the model tests of transformers an
 test-versions: venv ## the tests with the oldest and the newest supported transformers
 	$(PY) -m tests.run_versions
 
+docs: venv ## the documentation site, in build/docs; every warning is an error
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
+
 demo: venv ## train and compare on rendered pages
 	$(PY) -m examples.demo
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) $(EXTERNAL) $(UPSTREAM) .venv-versions build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(EXTERNAL) $(EVALUATION) $(UPSTREAM) .venv-versions build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,6 +10,7 @@ from torch import nn
 from vision_remember.adapters.attachment import NAME, Attachment, feature_dim, find_attachment
 from vision_remember.adapters.devices import offloaded_placement
 from vision_remember.adapters.handle import VisionRememberHandle
+from vision_remember.adapters.pruner_attachment import find_pruner
 from vision_remember.adapters.resolve import HostParts, block_placement, resolve
 from vision_remember.adapters.sharding import is_sharded
 from vision_remember.adapters.spec import MLLMSpec
@@ -54,12 +55,16 @@ def attach_vision_remember(
     Raises:
         ValueError: an unknown host, layers or levels that it does not have, an unknown option, a model that is
             compiled or sharded already, or whose weights are not loaded. The model is then as it was.
-        RuntimeError: Vision Remember is attached already.
+        RuntimeError: Vision Remember is attached already, or a pruner is.
     """
     if find_attachment(model) is not None:
         raise RuntimeError("Vision Remember is attached to this model already; detach_vision_remember(model) first")
+    if find_pruner(model) is not None:
+        raise RuntimeError(
+            "a pruner is attached to this model, and the blocks need every vision token; detach it first"
+        )
     warn_outside_the_windows()
-    _refuse_compiled(model)
+    refuse_compiled(model)
     if is_sharded(model):
         raise ValueError("this model is sharded already, and the blocks would not be: attach, then fully_shard")
     chosen = {name: tuple(value) for name, value in (("layers", layers), ("levels", levels)) if value is not None}
@@ -69,9 +74,7 @@ def attach_vision_remember(
         config = config.replace(**chosen, **overrides)
 
     parts = resolve(model, spec)
-    _check_layers(parts, config)
-    tap = _build_tap(parts, config)
-    config = _completed(config, parts, tap)
+    config, tap = plan(parts, config)
     blocks = {index: _build_block(parts, config, tap, index) for index in config.layers}
     lay_weights_side_by_side(list(blocks.values()))
     attachment = Attachment(parts, config, tap)
@@ -96,13 +99,30 @@ def default_levels(depth: int) -> tuple[int, ...]:
     return tuple(sorted(set(scale_levels(_PAPER_LEVELS, depth))))
 
 
-def _refuse_compiled(model: nn.Module) -> None:
+def plan(parts: HostParts, config: VisionRememberConfig) -> tuple[VisionRememberConfig, MultiLevelTap]:
+    """The configuration with everything that was left to the host filled in, and its tap. Looks, never touches.
+
+    Raises:
+        ValueError: the host does not have what the configuration asks for.
+    """
+    _check_layers(parts, config)
+    tap = _build_tap(parts, config)
+    return _completed(config, parts, tap), tap
+
+
+def new_block(parts: HostParts, config: VisionRememberConfig, tap: MultiLevelTap) -> VisionRemember:
+    """A block as planned, not placed in the host yet."""
+    return VisionRemember.from_config(config, parts.hidden_size, feature_dim(parts, tap), num_levels=len(tap.levels))
+
+
+def refuse_compiled(model: nn.Module, newcomer: str = "Vision Remember") -> None:
+    """Raises ValueError for a model that is compiled already."""
     # Compiled code does not look at hooks that come later: the blocks would be ignored in silence.
     for name, module in model.named_modules():
         compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
         if compiled or "_compiled_call" in module.__dict__:
             raise ValueError(
-                f"{type(module).__name__} {name!r} is compiled already and would not notice Vision Remember: attach to "
+                f"{type(module).__name__} {name!r} is compiled already and would not notice {newcomer}: attach to "
                 "a freshly loaded model, then compile"
             )
 
@@ -131,7 +151,6 @@ def _build_tap(parts: HostParts, config: VisionRememberConfig) -> MultiLevelTap:
 
 
 def _completed(config: VisionRememberConfig, parts: HostParts, tap: MultiLevelTap) -> VisionRememberConfig:
-    """The configuration with everything that was left to the host filled in."""
     projected = parts.token_grid
     if hasattr(parts.projector, "out_grid") and config.token_grid not in (None, projected):
         assert projected is not None
@@ -157,8 +176,7 @@ def _completed(config: VisionRememberConfig, parts: HostParts, tap: MultiLevelTa
 def _build_block(parts: HostParts, config: VisionRememberConfig, tap: MultiLevelTap, index: int) -> VisionRemember:
     layer = parts.layers[index]
     device, dtype = offloaded_placement(layer, parts.base) or block_placement(layer, parts.base)
-    width, levels = feature_dim(parts, tap), len(tap.levels)
-    block = VisionRemember.from_config(config, parts.hidden_size, width, num_levels=levels).to(device, dtype)
+    block = new_block(parts, config, tap).to(device, dtype)
     block.gradient_checkpointing = getattr(layer, "gradient_checkpointing", False)
     if block.gradient_checkpointing:
         block._gradient_checkpointing_func = layer._gradient_checkpointing_func  # type: ignore[assignment]

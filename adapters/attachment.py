@@ -42,10 +42,13 @@ NAME = "vision_remember"
 SLOT = "_vision_remember"
 """Where a base keeps its attachment."""
 
+ENCODER_SLOT = "_encoder_pruner"
+"""Where a base keeps a pruner that follows its encoding, in place of an attachment."""
+
 METHODS = {"get_image_features": "image", "get_video_features": "video"}
 """The methods that encode, and what."""
 
-INTERCEPTION = MethodInterception(SLOT, METHODS)
+INTERCEPTION = MethodInterception(SLOT, METHODS, ENCODER_SLOT)
 
 _PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 """The arguments that may hold raw pixels, by modality."""

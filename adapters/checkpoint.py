@@ -8,7 +8,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,9 +26,13 @@ from vision_remember.projectors import Projector, projector_name
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_CARD_FILE = "README.md"
+CARD_FILE = "README.md"
 _FORMAT = "vision-remember"
 _FORMAT_VERSION = 1
+_MARK = "saved_as"
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_WITHOUT_TILES = {"LlavaNextForConditionalGeneration": "LlavaForConditionalGeneration"}
+"""Classes with the same parts as another, but for the tiles: each takes the other's adapters."""
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -78,15 +84,23 @@ def describe_projector(projector: nn.Module | None) -> dict[str, Any] | None:
     return described
 
 
-def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.PathLike[str]) -> None:
-    """Writes an adapter folder; files are written aside and then renamed, so that none is ever half there.
+def save_adapter(
+    attachment: Attachment, parts: HostParts, directory: str | os.PathLike[str], *, shown_as: str | None = None
+) -> None:
+    """Writes an adapter folder aside and then renames it, so that nothing is ever half there.
 
-    Of processes that share a model in shards, all have to call this, and the first one writes.
+    A folder that exists keeps what else it holds: there the files are renamed one by one, and a mark in both tells
+    files of two saves apart. A write that fails, or is cut short, leaves what was there.
+
+    Of processes that share a model in shards, all have to call this, and the first one writes. ``shown_as`` is what the
+    card tells its readers to load; None for a folder.
     """
     projector = None if parts.projector is None else trained_copy(parts.projector)
+    mark = uuid4().hex
     description = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
+        _MARK: mark,
         "base": describe_base(parts),
         "config": attachment.config.to_dict(),
         "projector": describe_projector(projector),
@@ -100,13 +114,18 @@ def save_adapter(attachment: Attachment, parts: HostParts, directory: str | os.P
     if is_sharded(parts.model) and dist.get_rank() > 0:
         return
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as aside:
-        (Path(aside) / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
-        (Path(aside) / _CARD_FILE).write_text(model_card(description, tensors))
-        save_file(tensors, Path(aside) / WEIGHTS_FILE, metadata={"format": "pt"})
-        for name in (WEIGHTS_FILE, _CARD_FILE, CONFIG_FILE):
-            os.replace(Path(aside) / name, target / name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as aside:
+        written = Path(aside, "adapter")
+        written.mkdir()  # with the usual permissions, unlike a temporary folder
+        (written / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        (written / CARD_FILE).write_text(model_card(description, tensors, shown_as))
+        save_file(tensors, written / WEIGHTS_FILE, metadata={"format": "pt", _MARK: mark})
+        if target.is_dir():
+            for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
+                os.replace(written / name, target / name)
+        else:
+            os.rename(written, target)
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
@@ -126,7 +145,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
         raise FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}")
     try:
         data = json.loads(config_file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{config_file} is not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         raise ValueError(f"{config_file} does not describe a {_FORMAT} adapter")
@@ -137,12 +156,18 @@ def read_adapter(folder: Path) -> SavedAdapter:
     missing = [key for key in ("base", "config", "spec") if not isinstance(data.get(key), dict)]
     if missing:
         raise ValueError(f"{config_file} lacks {missing}")
+    if not isinstance(data.get("projector"), (dict, type(None))):
+        raise ValueError(f"{config_file} has projector={data['projector']!r}: expected a description or null")
+    try:
+        config, spec = VisionRememberConfig.from_dict(data["config"]), MLLMSpec.from_dict(data["spec"])
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{config_file} holds a value of a wrong kind: {error}") from error
     return SavedAdapter(
-        config=VisionRememberConfig.from_dict(data["config"]),
-        spec=MLLMSpec.from_dict(data["spec"]),
+        config=config,
+        spec=spec,
         base=data["base"],
         projector=data.get("projector"),
-        tensors=_read_tensors(weights_file),
+        tensors=_read_tensors(weights_file, data.get(_MARK)),
     )
 
 
@@ -152,18 +177,25 @@ def check_base(saved: SavedAdapter, parts: HostParts) -> None:
     different = [
         f"{key}: the adapter expects {saved.base.get(key)!r}, this model has {actual[key]!r}"
         for key in actual
-        # The same weights go by many names.
+        # The same weights go by many names, and the same parts by two classes.
         if key != "name_or_path" and saved.base.get(key) != actual[key]
+        if key != "class" or not same_parts(saved, parts.model)
     ]
     if different:
         raise ValueError(f"the adapter belongs to another base model; {'; '.join(different)}")
 
 
-def copy_weights(saved: SavedAdapter, modules: dict[str, nn.Module]) -> None:
-    """Copies an adapter's weights into ``modules``, all of them or none.
+def same_parts(saved: SavedAdapter, model: nn.Module) -> bool:
+    """Whether an adapter was trained on the model's class, or on the one that differs in cutting images up."""
+    before, now = str(saved.base.get("class")), class_name(model)
+    return _WITHOUT_TILES.get(before, before) == _WITHOUT_TILES.get(now, now)
+
+
+def check_weights(saved: SavedAdapter, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of ``modules`` by their names in an adapter, all of which it has.
 
     Raises:
-        ValueError: missing, extra or misshapen tensors; the message names them.
+        ValueError: missing, extra or misshapen tensors, or such as hold no real numbers; the message names them.
     """
     targets = {f"{prefix}.{n}": t for prefix, module in modules.items() for n, t in module.state_dict().items()}
     problems = [f"missing {name}" for name in targets if name not in saved.tensors]
@@ -173,15 +205,33 @@ def copy_weights(saved: SavedAdapter, modules: dict[str, nn.Module]) -> None:
         for name, target in targets.items()
         if name in saved.tensors and saved.tensors[name].shape != target.shape
     ]
+    problems += [
+        f"{name} is {tensor.dtype}, expected float32, float16 or bfloat16"
+        for name, tensor in saved.tensors.items()
+        if name in targets and tensor.dtype not in _DTYPES and tensor.dtype != targets[name].dtype
+    ]
     if problems:
-        raise ValueError(f"the adapter's weights do not fit: {'; '.join(problems)}")
-    for name, target in targets.items():
+        raise ValueError(f"the adapter's weights do not fit: {'; '.join(map(_shortened, problems))}")
+    return targets
+
+
+def copy_weights(saved: SavedAdapter, modules: dict[str, nn.Module]) -> None:
+    """Copies an adapter's weights into ``modules``, all of them or none; raises as :func:`check_weights`."""
+    for name, target in check_weights(saved, modules).items():
         fill(target, saved.tensors[name])
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _shortened(text: str) -> str:
+    """A line for a message, whatever a file puts into it."""
+    return text if len(text) <= 200 else f"{text[:160]} ... ({len(text)} characters)"
+
+
+def _read_tensors(file: Path, mark: object) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as tensors:
+            own_mark = (tensors.metadata() or {}).get(_MARK)
+            if own_mark is not None and mark is not None and own_mark != mark:
+                raise ValueError(f"{file} and {CONFIG_FILE} beside it were not saved together: a save was interrupted")
             return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is no readable safetensors file (truncated, or a pickle?): {error}") from error

@@ -188,17 +188,27 @@ def _check_host(parts: HostParts) -> None:
         raise ValueError(f"the projector of {name} makes fewer tokens than there are cells already")
 
 
+def new_projector(parts: HostParts, name: str, **options: Any) -> Projector:
+    """A projector for this host, not placed in it yet; its weights are those of its construction.
+
+    Raises:
+        ValueError: an unknown name or option, or an impossible grid.
+    """
+    in_dim = _level_width(parts, joined=not PROJECTORS[name].encoder_levels)
+    projector = build_projector(name, in_dim, parts.hidden_size, **options)
+    if parts.feature_grid is not None:
+        projector.out_grid(parts.feature_grid)  # its error, if any, before anything changes
+    return projector
+
+
 def _build(parts: HostParts, name: str, ratio: int | None, out_grid: Grid | None, options: dict[str, Any]) -> Projector:
-    assert parts.feature_grid is not None
     assert parts.spec.projector is not None
     original = find_module(parts.model, parts.spec.projector, "projector")
     weights = dict(original.named_parameters())
     if not weights:
         raise ValueError(f"{type(original).__name__} has no parameters to tell the features' width from")
     like = next(iter(weights.values()))
-    in_dim = _level_width(parts, joined=not PROJECTORS[name].encoder_levels)
-    projector = build_projector(name, in_dim, parts.hidden_size, ratio=ratio, out_grid=out_grid, **options)
-    projector.out_grid(parts.feature_grid)  # its error, if any, before anything changes
+    projector = new_projector(parts, name, ratio=ratio, out_grid=out_grid, **options)
     if projector.encoder_levels and not hasattr(parts.model.config, "vision_feature_layer"):
         raise ValueError(
             f"projector {name!r} reads several encoder levels, which {type(parts.model).__name__} cannot give"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -13,8 +13,10 @@ from vision_remember.adapters.attachment import Attachment
 from vision_remember.adapters.checkpoint import save_adapter
 from vision_remember.adapters.compress import CompressionHandle
 from vision_remember.adapters.resolve import HostParts, resolve
+from vision_remember.adapters.share import push_adapter
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.config import VisionRememberConfig
+from vision_remember.interactions import interaction_options
 
 
 class VisionRememberHandle:
@@ -45,6 +47,11 @@ class VisionRememberHandle:
         return self._own.spec
 
     @property
+    def host(self) -> nn.Module:
+        """The model, unwrapped."""
+        return self._attachment.model
+
+    @property
     def module(self) -> nn.ModuleDict:
         """The blocks by decoder layer, as they stand in the model now."""
         return nn.ModuleDict({str(index): block for index, block in self._attachment.blocks().items()})
@@ -52,6 +59,50 @@ class VisionRememberHandle:
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The blocks' parameters that require grad, for an optimiser's parameter group."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def parameter_groups(
+        self,
+        lr: float,
+        *,
+        vr_lr: float | None = None,
+        projector_lr: float | None = None,
+        encoder_lr: float | None = None,
+        weight_decay: float = 0.0,
+    ) -> list[dict[str, Any]]:
+        """What trains now, for an optimiser: a group for each part of the model, with a learning rate of its own.
+
+        Call it after :meth:`set_phase`. Parts that do not train have no group; ``group["name"]`` tells the parts apart.
+
+        Args:
+            lr: of the language model, and of every part without a rate of its own.
+            vr_lr: of the blocks.
+            projector_lr: of the projector.
+            encoder_lr: of the vision encoder.
+            weight_decay: of matrices; norms, biases and other vectors have none, in groups of their own.
+
+        Raises:
+            ValueError: a rate for a part that does not train, or nothing trains.
+        """
+        rates = {"Vision Remember": vr_lr, "projector": projector_lr, "encoder": encoder_lr, "language model": None}
+        groups: list[dict[str, Any]] = []
+        for name, parameters in self._parameters(self._parts()).items():
+            trained = [parameter for parameter in parameters if parameter.requires_grad]
+            own = rates[name]
+            if own is not None and not trained:
+                raise ValueError(f"a learning rate of {own} for the {name}, which does not train; set_phase(...) first")
+            decayed = [p for p in trained if p.ndim > 1] if weight_decay else []
+            others = [p for p in trained if p.ndim <= 1] if weight_decay else trained
+            for chosen, decay in ((decayed, weight_decay), (others, 0.0)):
+                if chosen:
+                    rate = lr if own is None else own
+                    groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "name": name})
+        if not groups:
+            raise ValueError("no parameter of this model trains; set_phase(...) first")
+        return groups
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters of Vision Remember, projector, encoder and language model."""
+        return {name: count for name, count, _ in self._counts(self._parts())}
 
     def detach(self) -> None:
         """Takes Vision Remember off the model: module tree, hooks and state dict are as before attach."""
@@ -98,31 +149,83 @@ class VisionRememberHandle:
         """
         save_adapter(self._attachment, self._parts(), directory)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload Vision Remember adapter",
+        create_pr: bool = False,
+        token: str | None = None,
+    ) -> str | None:
+        """Uploads the adapter folder to the Hugging Face hub: safetensors, JSON and model card, nothing else.
+
+        Args:
+            repo_id: "owner/name"; made if it is not there.
+            private: of a repository that is made; None for the owner's default.
+            revision: the branch to commit to, made if it is not there; None for the main branch.
+            commit_message: of the commit.
+            create_pr: open a pull request instead of committing.
+            token: None for the one that ``hf auth login`` stored.
+
+        Returns:
+            The URL of the commit or pull request. The commit's hash, given to
+            :func:`vision_remember.load_vision_remember` as ``revision``, brings back just this adapter. None under
+            FSDP2 on all processes but the first; all have to call this.
+
+        Raises:
+            ValueError: no repository id.
+        """
+        return push_adapter(
+            self._attachment,
+            self._parts(),
+            repo_id,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            token=token,
+        )
+
+    def summary(self) -> dict[str, str]:
+        """What was attached where, line by line: the table that ``print(handle)`` shows."""
+        parts, config = self._parts(), self.config
+        saliency = f"{config.saliency} at level {config.saliency_level}" if config.saliency else "none"
+        interaction = [config.interaction]
+        for option in ("window", "position"):
+            if option in interaction_options(config.interaction):
+                interaction.append(f"{option} {getattr(config, option)}")
+        return {
+            "host": type(parts.model).__name__,
+            "encoder": f"{type(parts.encoder).__name__}, {self._attachment.tap.depth} blocks",
+            "levels": ", ".join(map(str, config.levels or ())),
+            "features": f"{_by(parts.feature_grid)} cells" if parts.feature_grid else "as many cells as an image has",
+            "projector": f"{type(parts.projector).__name__ if parts.projector else 'none'}, {_tokens(parts, config)}",
+            "decoder": f"{parts.spec.decoder}, {len(parts.layers)} layers of width {parts.hidden_size}",
+            "before layers": ", ".join(map(str, config.layers)),
+            "interaction": ", ".join(interaction),
+            "saliency": saliency,
+            **{f"parameters, {name}": f"{count:,}" for name, count, _ in self._counts(parts)},
+        }
+
     def __repr__(self) -> str:
         if not self._own.installed:
             return "Vision Remember (detached)"
-        parts, config = self._parts(), self.config
-        saliency = f"{config.saliency} at level {config.saliency_level}" if config.saliency else "none"
-        rows = [
-            ("host", type(parts.model).__name__),
-            ("encoder", f"{type(parts.encoder).__name__}, {self._attachment.tap.depth} blocks"),
-            ("levels", ", ".join(map(str, config.levels or ()))),
-            ("features", f"{_by(parts.feature_grid)} cells" if parts.feature_grid else "as many cells as an image has"),
-            ("projector", f"{type(parts.projector).__name__ if parts.projector else 'none'}, {_tokens(parts, config)}"),
-            ("decoder", f"{parts.spec.decoder}, {len(parts.layers)} layers of width {parts.hidden_size}"),
-            ("before layers", ", ".join(map(str, config.layers))),
-            ("interaction", f"{config.interaction}, window {config.window}, position {config.position}"),
-            ("saliency", saliency),
-            *((f"parameters, {name}", f"{count:,}") for name, count, _ in self._counts(parts)),
-        ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(["Vision Remember", *(f"  {name:<{width}}  {value}" for name, value in rows)])
+        rows = self.summary()
+        width = max(map(len, rows))
+        return "\n".join(["Vision Remember", *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
 
     def _parts(self) -> HostParts:
         return resolve(self._attachment.model, self._attachment.spec)
 
     def _counts(self, parts: HostParts) -> list[tuple[str, int, bool]]:
-        """(name, parameters, any trainable) of the four parts that train apart from each other."""
+        """(name, number of parameters, any trainable) of the parts of :meth:`_parameters`."""
+        groups = self._parameters(parts).items()
+        return [(n, sum(p.numel() for p in g), any(p.requires_grad for p in g)) for n, g in groups]
+
+    def _parameters(self, parts: HostParts) -> dict[str, list[nn.Parameter]]:
+        """The parameters of the four parts that train apart from each other."""
         blocks = list(self.module.parameters())
         groups = {
             "Vision Remember": blocks,
@@ -131,7 +234,7 @@ class VisionRememberHandle:
         }
         counted = {id(parameter) for group in groups.values() for parameter in group}
         groups["language model"] = [p for p in parts.model.parameters() if id(p) not in counted]
-        return [(n, sum(p.numel() for p in g), any(p.requires_grad for p in g)) for n, g in groups.items()]
+        return groups
 
 
 def _tokens(parts: HostParts, config: VisionRememberConfig) -> str:

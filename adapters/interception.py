@@ -20,10 +20,11 @@ class MethodInterception:
         slot: the attribute of an instance that holds its handler, called with the instance, its own method (not bound),
             the method's name and the arguments.
         methods: names; a class that lacks one goes without.
+        *other_slots: where else a handler may be held; an instance has one.
     """
 
-    def __init__(self, slot: str, methods: Iterable[str]) -> None:
-        self._slot, self._methods = slot, tuple(methods)
+    def __init__(self, slot: str, methods: Iterable[str], *other_slots: str) -> None:
+        self._slots, self._methods = (slot, *other_slots), tuple(methods)
         self._instances: weakref.WeakKeyDictionary[type, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
         self._originals: weakref.WeakKeyDictionary[type, dict[str, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
@@ -55,11 +56,11 @@ class MethodInterception:
         return next(self._originals[c] for c in type(base).__mro__ if c in self._originals)[name]
 
     def _wrapper(self, original: Callable[..., Any], name: str) -> Callable[..., Any]:
-        slot = self._slot
+        slots = self._slots
 
         @functools.wraps(original)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            handler = getattr(self, slot, None)
+            handler = next((held for slot in slots if (held := getattr(self, slot, None)) is not None), None)
             return (
                 original(self, *args, **kwargs) if handler is None else handler(self, original, name, *args, **kwargs)
             )

@@ -11,17 +11,19 @@ from torch import nn
 from vision_remember.adapters.attach import attach_vision_remember
 from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.checkpoint import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
     adapter_modules,
     check_base,
     copy_weights,
     describe_projector,
     read_adapter,
+    same_parts,
 )
 from vision_remember.adapters.compress import compress_projector
 from vision_remember.adapters.handle import VisionRememberHandle
-from vision_remember.adapters.resolve import resolve, trained_copy
+from vision_remember.adapters.rehearsal import rehearse
+from vision_remember.adapters.resolve import resolve, trained_copy, unwrapped
+from vision_remember.adapters.sharding import class_name
+from vision_remember.adapters.share import fetch_adapter
 from vision_remember.adapters.versions import warn_outside_the_windows
 
 
@@ -35,7 +37,7 @@ def load_vision_remember(
         dir_or_repo: an adapter folder, or a repository id of the Hugging Face hub.
         processor: the base model's processor; needed when the adapter holds a projector, whose number of tokens the
             processor has to emit.
-        revision: of the repository, if one is given.
+        revision: of the repository: a branch, a tag, or a commit, by which nobody can change what you load.
 
     Returns:
         The handle, as :func:`vision_remember.attach_vision_remember` returns it.
@@ -50,8 +52,9 @@ def load_vision_remember(
     if find_attachment(model) is not None:
         raise RuntimeError("Vision Remember is attached to this model already; detach_vision_remember(model) first")
     saved = read_adapter(_folder(dir_or_repo, revision))
-    parts = resolve(model, saved.spec)
-    check_base(saved, parts)
+    own_spec = class_name(unwrapped(model)) == saved.base.get("class") or not same_parts(saved, unwrapped(model))
+    spec = saved.spec if own_spec else None  # of a model that cuts images up, or of one that does not
+    parts = rehearse(model, saved, spec)
     # A model of one's own may be built with the adapter's projector: only its weights are missing.
     swaps = saved.projector is not None and saved.projector != describe_projector(parts.projector)
     if swaps and processor is None:
@@ -62,13 +65,13 @@ def load_vision_remember(
         )
     compression = None
     if swaps:
-        compression = compress_projector(model, processor, spec=saved.spec, **(saved.projector or {}))
+        compression = compress_projector(model, processor, spec=spec, **(saved.projector or {}))
     try:
-        handle = attach_vision_remember(model, config=saved.config, spec=saved.spec)
+        handle = attach_vision_remember(model, config=saved.config, spec=spec)
         try:
             attachment = find_attachment(model)
             assert attachment is not None
-            copy_weights(saved, adapter_modules(attachment, resolve(model, saved.spec).projector))
+            copy_weights(saved, adapter_modules(attachment, resolve(model, spec).projector))
         except BaseException:
             handle.detach()
             raise
@@ -106,10 +109,10 @@ def restore_vision_remember(model: nn.Module, folder: str | os.PathLike[str]) ->
 def _folder(dir_or_repo: str | os.PathLike[str], revision: str | None) -> Path:
     path = Path(dir_or_repo)
     if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r}: {path} is a folder, which has no revisions")
         return path
     name = os.fspath(dir_or_repo)
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise FileNotFoundError(f"{name} is neither a folder nor a repository id (owner/name)")
-    from huggingface_hub import snapshot_download  # slow to import, and seldom needed
-
-    return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    return fetch_adapter(name, revision)

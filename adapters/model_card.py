@@ -24,7 +24,7 @@ from vision_remember import load_vision_remember
 
 model = AutoModelForImageTextToText.from_pretrained("{name}")
 processor = AutoProcessor.from_pretrained("{name}")
-vr = load_vision_remember(model, "path/to/this/folder", processor)
+vr = load_vision_remember(model, "{folder}", processor)
 ```
 
 | | |
@@ -37,14 +37,15 @@ vr = load_vision_remember(model, "path/to/this/folder", processor)
 """
 
 
-def model_card(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """The card of an adapter with this ``adapter_config.json`` and these weights."""
+def model_card(description: dict[str, Any], tensors: dict[str, Tensor], shown_as: str | None = None) -> str:
+    """The card of an adapter with this ``adapter_config.json`` and these weights, loaded from ``shown_as``."""
     base, config, projector = description["base"], description["config"], description["projector"]
     name = base["name_or_path"]
     # The hub knows repository ids only; a local path would be a broken link there.
     is_repo = name is not None and name.count("/") == 1 and not name.startswith((".", "/"))
     return _TEMPLATE.format(
         base_model=f"\nbase_model: {name}" if is_repo else "",
+        folder=shown_as or "path/to/this/folder",
         name=name if is_repo else "the-base-model",
         host=f"{base['class']} ({base['encoder']} encoder, {base['decoder']} decoder)",
         layers=", ".join(map(str, config["layers"])),

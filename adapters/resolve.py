@@ -130,11 +130,13 @@ def resolve(model: nn.Module, spec: MLLMSpec | None = None) -> HostParts:
 def block_placement(layer: nn.Module, base: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype for a block in front of a decoder layer.
 
+    Under ``torch.device("meta")`` the whole model is meant to have no weights.
+
     Raises:
         ValueError: the layer's weights are not loaded yet.
     """
     floating = [p for p in layer.parameters() if p.is_floating_point()]
-    if any(p.device.type == "meta" for p in floating):
+    if any(p.device.type == "meta" for p in floating) and torch.get_default_device().type != "meta":
         raise ValueError("the decoder's weights are on the meta device: load them before attaching")
     # A quantised layer keeps norms in the dtype that the model computes in; failing these, the base's dtype.
     wide = [p for p in floating if p.dtype.itemsize >= 2] or [p for p in base.parameters() if p.is_floating_point()]

@@ -9,6 +9,7 @@ from typing import Any
 from vision_remember.encoder import EncoderSpec
 from vision_remember.grid import Grid
 from vision_remember.registry import did_you_mean
+from vision_remember.typed import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,9 @@ class DecoderSpec:
     layers: str = "layers"
     hidden_size: str = "config.hidden_size"
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenGeometry:
@@ -40,6 +44,9 @@ class TokenGeometry:
     feature_grid: Grid | None = None
     token_grid: Grid | None = None
     cells: Grid | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def tokens_of(self, feature_grid: Grid, tokens: int) -> Grid:
         """(h, w) of the tokens of a tile.
@@ -96,6 +103,9 @@ class MLLMSpec:
     feature_levels: str | None = None
     encoder_spec: EncoderSpec | None = None
     decoder_spec: DecoderSpec | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vision_remember.adapters.attach import attach_vision_remember
@@ -102,10 +101,14 @@ class VisionRememberCallback(TrainerCallback):
             self._restore(_resumed_checkpoint(args, state))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Saves the adapter folder."""
+        """Saves the adapter folder, the last part of a checkpoint: where it is, the checkpoint is whole."""
+        self.save(_checkpoint(args, state) / ADAPTER_FOLDER, args)
+
+    def save(self, folder: Path, args: TrainingArguments) -> None:
+        """Saves an adapter folder. Every process calls this; one writes."""
         assert self._model is not None
         if args.should_save or is_sharded(self._model):
-            self.handle.save_pretrained(_checkpoint(args, state) / ADAPTER_FOLDER)
+            self.handle.save_pretrained(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -154,13 +157,14 @@ def translate_names(
 
 
 def _names_in_files(model: PreTrainedModel) -> dict[str, str]:
-    """The model's own name of each tensor by its name in a checkpoint: ``save_pretrained`` itself is asked."""
+    """The model's own name of each tensor by its name in a checkpoint, as ``save_pretrained`` finds it.
+
+    Not by saving: of several processes, only the first one would write anything.
+    """
     own = list(model.state_dict())
     numbered = {name: torch.tensor(number) for number, name in enumerate(own)}
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, state_dict=numbered, max_shard_size="1GB")
-        with safe_open(Path(folder) / "model.safetensors", framework="pt") as saved:
-            return {name: own[saved.get_tensor(name).item()] for name in saved.keys()}  # noqa: SIM118 - not a mapping
+    in_files: dict[str, Tensor] = revert_weight_conversion(model, numbered)
+    return {name: own[int(number)] for name, number in in_files.items()}
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +84,45 @@ def test_saving_again_replaces_the_files(folder: Path) -> None:
     handle.save_pretrained(folder)
     assert (load_file(folder / WEIGHTS)["vision_remember.1.norm.weight"] == 7).all()
     assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=str)
+def test_a_write_that_fails_leaves_the_last_good_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def write_some(tensors: Any, file: Path, **_: Any) -> None:
+        Path(file).write_bytes(b"half of it")
+        raise error
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    handle = trained()[1]
+    with torch.no_grad():
+        handle.module["1"].norm.weight.fill_(7)
+    monkeypatch.setattr("vision_remember.adapters.checkpoint.save_file", write_some)
+    for target in (folder, folder.parent / "new"):
+        with pytest.raises(type(error)):
+            handle.save_pretrained(target)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(folder.parent.iterdir()) == [folder]  # no new folder, and nothing half written
+
+
+def test_a_process_killed_while_it_saves_leaves_no_folder(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+import vision_remember.adapters.checkpoint as checkpoint
+from tests.test_adapter_folder import trained
+handle, write = trained()[1], checkpoint.save_file
+def killed(tensors, file, **options):
+    write(tensors, file, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save_file = killed
+handle.save_pretrained(sys.argv[1])
+"""
+    root = Path(__file__).resolve().parents[1]
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "adapter")], cwd=root, check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert not (tmp_path / "adapter").exists()
+    assert [path.name[:8] for path in tmp_path.iterdir()] == [".saving-"]
 
 
 class Wrapper(torch.nn.Module):
@@ -228,3 +272,49 @@ def test_loading_onto_an_attached_model_is_refused(folder: Path) -> None:
     model, processor = fresh()
     attach_vision_remember(model, [1])
     refused(folder, "attached to this model already", RuntimeError, host=(model, processor))
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_an_interrupted_save_leaves_the_last_adapter_or_says_so(
+    folder: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted before any of the renames, the folder is the old one; between them it is none; after them the new."""
+    handle = trained(position="learned")[1]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    replace, left = os.replace, iter(range(step))
+
+    def interrupted(source: Any, target: Any) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    if step < 3:
+        with pytest.raises(KeyboardInterrupt):
+            handle.save_pretrained(folder)
+    else:
+        handle.save_pretrained(folder)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["adapter"]
+    if step == 0:
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    if 0 < step < 3:
+        refused(folder, "were not saved together: a save was interrupted")
+        return
+    model, processor = fresh()
+    loaded = load_vision_remember(model, folder, processor)
+    assert loaded.config.position == ("learned" if step == 3 else "specialised")
+
+
+def test_an_interrupt_before_anything_is_renamed_leaves_no_trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = trained()[1]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vision_remember.adapters.checkpoint.save_file", fail)
+    for target in (folder, folder.parent / "new"):
+        with pytest.raises(KeyboardInterrupt):
+            handle.save_pretrained(target)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]

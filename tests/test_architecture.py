@@ -23,26 +23,32 @@ OUTSIDE = {name: ROOT / name for name in ("examples", "benchmarks", "tests")}
 
 # the core's libraries, and those that one room may know besides them
 CORE_LIBRARIES = {"torch"}
-ROOM_LIBRARIES = {"vision_remember.ops": {"triton"}}
-ADAPTER_LIBRARIES = {*CORE_LIBRARIES, "transformers", "safetensors", "huggingface_hub", "numpy"}
+ROOM_LIBRARIES = {
+    "vision_remember.ops": {"triton"},
+    "vision_remember.synth": {"numpy", "PIL", "matplotlib", "skimage", "sklearn"},
+}
+ADAPTER_LIBRARIES = {*CORE_LIBRARIES, "transformers", "safetensors", "huggingface_hub", "numpy", "typer"}
 
 # the two doors from the core to the adapters, opened when somebody knocks and not before
 LAZY_DOORS = {"vision_remember": "names of attach.py", "vision_remember.tap": "the table of encoders"}
 
 # what a room may import of the core besides itself; rooms that are not listed are bound by the other rules only
-GROUND = {"config", "grid", "layout", "registry"}
+GROUND = {"config", "grid", "layout", "registry", "typed"}
 ARROWS = {
     "config": GROUND,
     "grid": GROUND,
     "layout": GROUND,
     "registry": GROUND,
+    "typed": set(),
     "encoder": GROUND,
     "memory": GROUND,
     "analysis": GROUND | {"memory"},
     "ops": GROUND,
     "interactions": GROUND | {"ops"},
     "projectors": GROUND | {"ops"},
+    "pruning": GROUND,
     "saliency": GROUND | {"ops"},
+    "synth": GROUND,
     "remember": GROUND | {"ops", "interactions"},
 }
 

@@ -27,6 +27,7 @@ OTHER_VALUES: dict[str, Any] = {
     "feature_norm": "joint",
     "query_layers": 2,
     "output_layers": 2,
+    "inner_projections": True,
     "zero_init": False,
     "absorb": "auto",
     "token_mixer": "self",
@@ -77,8 +78,11 @@ def test_fields_are_given_by_name() -> None:
 @pytest.mark.parametrize("interaction", INTERACTIONS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_makes_a_block_of_every_interaction(name: str, interaction: str) -> None:
-    config = VisionRememberConfig.from_preset(name, interaction=interaction)
-    assert config == VisionRememberConfig(**PRESETS[name], interaction=interaction)
+    choices: dict[str, Any] = {"interaction": interaction}
+    if "query_layers" not in interaction_options(interaction):
+        choices["query_layers"] = 1  # the paper's two are of a query that this one does not have
+    config = VisionRememberConfig.from_preset(name, **choices)
+    assert config == VisionRememberConfig(**{**PRESETS[name], **choices})
     block = VisionRemember.from_config(config, 16, 24, num_levels=3)
     assert type(block.interaction) is INTERACTIONS[interaction]
 

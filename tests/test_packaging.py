@@ -26,7 +26,8 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = {name: ROOT / folder for name, folder in PYPROJECT["tool"]["setuptools"]["package-dir"].items()}
-NEEDED_TO_BUILD = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "vision_remember", "adapters", "tests")
+NEEDED_TO_BUILD = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "vision_remember", "adapters")
+NEEDED_TO_BUILD += ("benchmarks", "examples", "tests")
 
 LOCATE = """
 import importlib, json, sys
@@ -223,6 +224,15 @@ def test_requirements(metadata: Message) -> None:
     assert plain == {"torch", "transformers", "safetensors", "typer"}
     # its builds for another kind of torch fail at import, and transformers works without it
     assert not [line for line in requires if line.startswith("torchvision")]
+
+
+@pytest.mark.parametrize("which", ["wheel", "sdist wheel"])
+def test_lmms_eval_can_find_its_plugin(built: dict[str, Path], which: str) -> None:
+    with zipfile.ZipFile(built[which]) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
+        lines = wheel.read(name).decode().splitlines()
+    place = lines.index("[lmms_eval.models]")
+    assert lines[place + 1] == "vision_remember = vision_remember.adapters.lmms_eval_entry:manifest"
 
 
 def test_licence_is_shipped(built: dict[str, Path], metadata: Message) -> None:

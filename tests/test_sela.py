@@ -141,8 +141,10 @@ def as_printed(module: SELA, tokens: Tensor, features: Tensor, saliency: Tensor)
     return module.vr_out(torch.stack(rows))
 
 
-def test_without_position_it_is_the_attention_printed_in_the_paper() -> None:
-    module, arguments = sela(position="none", attn_dim="features", query_layers=2, output_layers=2), image(*EVEN)
+@pytest.mark.parametrize("inner", [False, True])
+def test_without_position_it_is_the_attention_printed_in_the_paper(inner: bool) -> None:
+    options: dict[str, Any] = {"attn_dim": "features", "query_layers": 2, "output_layers": 2}
+    module, arguments = sela(position="none", inner_projections=inner, **options), image(*EVEN)
     saliency = some_saliency(EVEN[1])
     update = module(**arguments, saliency=saliency)
     rows = [as_printed(module, *row) for row in zip(arguments["tokens"], arguments["features"], saliency, strict=True)]
@@ -250,6 +252,21 @@ def test_layers_of_the_projections(layers: Any) -> None:
     update = module(**{k: v.float() if isinstance(v, Tensor) else v for k, v in image(*EVEN).items()})
     assert update.shape == (2, math.prod(EVEN[0]), D)
     assert not update.any(), "zero_init has to reach the last layer"
+
+
+def test_inner_projections_are_linear_maps_around_the_attention() -> None:
+    """Behind the query and before the output: identities change nothing, and the start is one of no update still."""
+    plain, inner = (sela(inner_projections=given, zero_init=False) for given in (False, True))
+    width = inner.attn_dim
+    assert sum(p.numel() for p in inner.parameters()) - sum(p.numel() for p in plain.parameters()) == 2 * width**2
+    state = {**plain.state_dict()}
+    for name, theirs in (("vr_query", "vr_query.0"), ("vr_out", "vr_out.1")):
+        for kind in ("weight", "bias"):
+            state[f"{theirs}.{kind}"] = state.pop(f"{name}.{kind}")
+    state["vr_query.1.weight"] = state["vr_out.0.weight"] = torch.eye(width, dtype=torch.float64)
+    inner.load_state_dict(state)
+    torch.testing.assert_close(inner(**image(*EVEN)), plain(**image(*EVEN)))
+    assert not sela(inner_projections=True, zero_init=True)(**image(*EVEN)).any()
 
 
 def test_linear_layers_have_no_names_that_lora_looks_for() -> None:

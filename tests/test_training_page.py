@@ -54,7 +54,7 @@ def what_the_page_takes_for_granted(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_page_has_examples() -> None:
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 7
 
 
 @pytest.mark.parametrize("code", EXAMPLES)

@@ -12,6 +12,7 @@ from vision_remember.config import PRESETS, VisionRememberConfig
 from vision_remember.interactions import FUSIONS, INTERACTIONS, SELA, build_interaction
 from vision_remember.ops import local_attention
 from vision_remember.projectors import PROJECTORS, build_projector
+from vision_remember.pruning import PRUNERS
 from vision_remember.remember import VisionRemember
 from vision_remember.saliency import cls_saliency
 from vision_remember.tap import MultiLevelTap
@@ -19,6 +20,7 @@ from vision_remember.tap import MultiLevelTap
 if TYPE_CHECKING:
     from vision_remember.adapters import (
         MLLMSpec,
+        attach_pruner,
         attach_vision_remember,
         attention_density,
         compress_projector,
@@ -27,12 +29,15 @@ if TYPE_CHECKING:
         load_vision_remember,
         region_attention,
         saliency_map,
+        write_report,
     )
+    from vision_remember.adapters.llava_vr import build_llava_vr
 
 __version__ = "0.1.0"
 
 _FROM_ADAPTERS = (
     "MLLMSpec",
+    "attach_pruner",
     "attach_vision_remember",
     "attention_density",
     "compress_projector",
@@ -41,6 +46,7 @@ _FROM_ADAPTERS = (
     "load_vision_remember",
     "region_attention",
     "saliency_map",
+    "write_report",
 )
 
 __all__ = [
@@ -48,14 +54,17 @@ __all__ = [
     "INTERACTIONS",
     "PRESETS",
     "PROJECTORS",
+    "PRUNERS",
     "SELA",
     "MLLMSpec",
     "MultiLevelTap",
     "VisionRemember",
     "VisionRememberConfig",
+    "attach_pruner",
     "attach_vision_remember",
     "attention_density",
     "build_interaction",
+    "build_llava_vr",
     "build_projector",
     "cls_saliency",
     "compress_projector",
@@ -65,12 +74,15 @@ __all__ = [
     "local_attention",
     "region_attention",
     "saliency_map",
+    "write_report",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _FROM_ADAPTERS:
         return getattr(importlib.import_module("vision_remember.adapters"), name)
+    if name == "build_llava_vr":  # a module that imports half of transformers
+        return importlib.import_module("vision_remember.adapters.llava_vr").build_llava_vr
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

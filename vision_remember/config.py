@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from vision_remember.grid import Grid, check_grid
 from vision_remember.registry import Registry, did_you_mean
+from vision_remember.typed import check_fields
 
 SaliencySource = Literal["auto", "cls", "received", "map_head"]
 
@@ -26,7 +27,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 _INTERACTION_FIELDS = (
     *("attn_dim", "num_heads", "num_points", "window", "position", "cells"),
-    *("fusion", "feature_norm", "query_layers", "output_layers", "zero_init", "absorb"),
+    *("fusion", "feature_norm", "query_layers", "output_layers", "inner_projections", "zero_init", "absorb"),
 )
 
 
@@ -50,6 +51,8 @@ class VisionRememberConfig:
         feature_norm: "per_level", "joint" or "none".
         query_layers: linear layers of the query projection, 1 or 2.
         output_layers: linear layers of the output projection, 1 or 2.
+        inner_projections: the attention has linear maps of its own behind the query projection and before the output
+            projection.
         zero_init: start as an exact identity.
         absorb: whether projections of cells are drawn to the other side of their products, which changes the time and
             not the function; see :class:`vision_remember.SELA`.
@@ -78,6 +81,7 @@ class VisionRememberConfig:
     feature_norm: Literal["per_level", "joint", "none"] = "per_level"
     query_layers: Literal[1, 2] = 1
     output_layers: Literal[1, 2] = 1
+    inner_projections: bool = False
     zero_init: bool = True
     absorb: bool | Literal["auto"] = False
     token_mixer: Literal["self", "text_guided"] | None = None
@@ -113,6 +117,7 @@ class VisionRememberConfig:
             raise ValueError(f"saliency_level={self.saliency_level!r}: expected a hidden_states index or None")
         if not isinstance(self.saliency_temperature, (int, float)) or not self.saliency_temperature > 0:
             raise ValueError(f"saliency_temperature={self.saliency_temperature!r}: expected a positive number")
+        check_fields(self)
 
     @classmethod
     def from_preset(cls, name: str = "default", **overrides: Any) -> VisionRememberConfig:
@@ -178,8 +183,9 @@ PRESETS: Registry[dict[str, Any]] = Registry(
         "default": {},
         # Printed in the paper: the layers, saliency from the CLS token, values multiplied by it, an MLP on the query,
         # no position bias. Our readings of what it leaves open: an attention as wide as the joined levels with heads of
-        # 64, a second MLP on the way back and an ordinary start (both fit the printed model sizes and the printed loss
-        # of global attention), one layer norm over the joined levels, saliency on raw logits.
+        # 64, a second MLP on the way back and an ordinary start (both fit the printed size of the smaller model and the
+        # printed loss of global attention; the larger model's size takes `inner_projections` as well, as
+        # `build_llava_vr` has them), one layer norm over the joined levels, saliency on raw logits.
         "paper": {
             "attn_dim": "features",
             "position": "none",

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
+
+from vision_remember.typed import check_fields
 
 Order = Literal["raster", "channels_first", "packed", "blocks", "windows", "padded"]
 """How the cells of a batch stand in a hidden state; see :mod:`vision_remember.arrangement`."""
@@ -70,6 +72,7 @@ class EncoderSpec:
             raise ValueError(f"order={self.order!r}: expected one of {', '.join(map(repr, get_args(Order)))}")
         if self.order in ("packed", "blocks", "windows", "padded") and self.sizes is None:
             raise ValueError(f"order={self.order!r} needs sizes, the argument that holds the images' sizes")
+        check_fields(self)
 
     @property
     def has_attention(self) -> bool:
@@ -119,3 +122,25 @@ def level_width(encoder: nn.Module, spec: EncoderSpec) -> int:
     if weight is None:
         raise ValueError(f"{type(block).__name__} has no norm {path!r} whose weight tells the width of the features")
     return int(weight.numel())
+
+
+def project(spec: EncoderSpec, block: nn.Module, which: Literal["query", "key"], x: Tensor) -> Tensor:
+    """(..., C) -> (..., C), queries or keys of a block's attention, heads not yet apart.
+
+    Args:
+        spec: the encoder's; it has attention.
+        block: one of its blocks.
+        which: of the two.
+        x: what the block's attention is given.
+    """
+    if spec.fused is None:
+        path = spec.query if which == "query" else spec.key
+        projected: Tensor = find_module(block, path or "", which)(x)
+        return projected
+    module, part = find_module(block, spec.fused, which), 0 if which == "query" else 1
+    if isinstance(module, nn.MultiheadAttention):
+        bias = None if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[part]
+        return nn.functional.linear(x, module.in_proj_weight.chunk(3)[part], bias)
+    # The whole projection, also where a part of it would do: its weight may be quantised, sharded or adapted.
+    fused: Tensor = module(x)
+    return fused.chunk(3, dim=-1)[part]

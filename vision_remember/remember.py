@@ -285,6 +285,8 @@ def _reader_at_hand(block: nn.Module, device: torch.device) -> SELA | None:
     """The interaction of a block that reads regions and whose weights can be used ahead of its own call."""
     if type(block) is not VisionRemember or "forward" in block.__dict__ or type(block.interaction) is not SELA:
         return None
+    if block.interaction._forward_pre_hooks or block.interaction._forward_hooks:
+        return None  # hooks are to see what the call documents: the levels
     # In shards they are no plain parameters, and offloaded they are on no device that computes.
     here = all(isinstance(p, nn.Parameter) and not hasattr(p, "device_mesh") for p in block.parameters())
     here = here and all(p.device == device for p in block.parameters())

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vision_remember.arrangement import arrange
 from vision_remember.captured import Captured
-from vision_remember.encoder import EncoderSpec, find, find_module
+from vision_remember.encoder import EncoderSpec, find, find_module, project
 from vision_remember.saliency import Center, cls_saliency
 from vision_remember.threads import RunStack
 
@@ -239,23 +239,10 @@ class MultiLevelTap:
             else:
                 # The mean over queries of a linear map is the map of the mean: one row instead of H*W.
                 source = patches.mean(1, keepdim=True)
-            query = self._project(block, "query", source).unflatten(-1, (heads, -1))
-            keys = self._project(block, "key", patches).unflatten(-1, (heads, -1))
+            query = project(self.spec, block, "query", source).unflatten(-1, (heads, -1))
+            keys = project(self.spec, block, "key", patches).unflatten(-1, (heads, -1))
             maps.append(cls_saliency(query[:, 0], keys.transpose(1, 2), **self._saliency_options))
         captured._saliency = maps
-
-    def _project(self, block: nn.Module, which: Literal["query", "key"], x: Tensor) -> Tensor:
-        if self.spec.fused is None:
-            path = self.spec.query if which == "query" else self.spec.key
-            projected: Tensor = find_module(block, path or "", which)(x)
-            return projected
-        module, part = find_module(block, self.spec.fused, which), 0 if which == "query" else 1
-        if isinstance(module, nn.MultiheadAttention):
-            bias = None if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[part]
-            return nn.functional.linear(x, module.in_proj_weight.chunk(3)[part], bias)
-        # The whole projection, also where a part of it would do: its weight may be quantised, sharded or adapted.
-        fused: Tensor = module(x)
-        return fused.chunk(3, dim=-1)[part]
 
     @torch.no_grad()
     def _keep_head_saliency(self, head: nn.Module, args: Any) -> None:

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from vision_remember.interactions.base import Interaction
+from vision_remember.interactions.deepstack import DeepStack
 from vision_remember.interactions.deformable import DeformableAttention
 from vision_remember.interactions.fusion import FUSIONS, Fusion
 from vision_remember.interactions.global_attention import GlobalAttention
@@ -19,6 +20,7 @@ INTERACTIONS: Registry[type[Interaction[Any]]] = Registry(
         "sela": SELA,
         "deformable": DeformableAttention,
         "global": GlobalAttention,
+        "deepstack": DeepStack,
     },
 )
 
@@ -52,6 +54,7 @@ __all__ = [
     "FUSIONS",
     "INTERACTIONS",
     "SELA",
+    "DeepStack",
     "DeformableAttention",
     "Fusion",
     "GlobalAttention",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vision_remember.grid import Grid
 from vision_remember.interactions.base import Interaction
@@ -41,6 +41,8 @@ class CrossAttention(Interaction[PreparedCells]):
         feature_norm: layer norm over each level's channels, over all channels ("joint"), or none.
         query_layers: 1 for a linear query projection, 2 for an MLP with GELU.
         output_layers: the same for the output projection.
+        inner_projections: a linear map of the attention's width behind the query projection and one before the output
+            projection, as multi-head attention has them of its own.
         zero_init: start the last output layer at zero, so that the update is exactly zero.
 
     Raises:
@@ -60,6 +62,7 @@ class CrossAttention(Interaction[PreparedCells]):
         feature_norm: FeatureNorm = "per_level",
         query_layers: Literal[1, 2] = 1,
         output_layers: Literal[1, 2] = 1,
+        inner_projections: bool = False,
         zero_init: bool = True,
     ) -> None:
         super().__init__(query_dim, feature_dim, level_widths(feature_dim, num_levels, level_dims))
@@ -72,6 +75,9 @@ class CrossAttention(Interaction[PreparedCells]):
         self.vr_key = self.fusion.linear(self.attn_dim)
         self.vr_value = self.fusion.linear(self.attn_dim)
         self.vr_out = projection(self.attn_dim, query_dim, output_layers)
+        if inner_projections:
+            self.vr_query = nn.Sequential(self.vr_query, nn.Linear(self.attn_dim, self.attn_dim, bias=False))
+            self.vr_out = nn.Sequential(nn.Linear(self.attn_dim, self.attn_dim, bias=False), self.vr_out)
         if zero_init:
             zero_last(self.vr_out)
 

@@ -47,6 +47,8 @@ class SELA(CrossAttention):
         feature_norm: layer norm over each level's channels, over all channels ("joint"), or none.
         query_layers: 1 for a linear query projection, 2 for an MLP with GELU.
         output_layers: the same for the output projection.
+        inner_projections: a linear map of the attention's width behind the query projection and one before the output
+            projection, as multi-head attention has them of its own.
         zero_init: start the last output layer at zero, so that the update is exactly zero.
         backend: back-end of :func:`vision_remember.local_attention`.
         absorb: attend to the features themselves, with the key projection drawn to the queries and the value projection
@@ -74,6 +76,7 @@ class SELA(CrossAttention):
         feature_norm: FeatureNorm = "per_level",
         query_layers: Literal[1, 2] = 1,
         output_layers: Literal[1, 2] = 1,
+        inner_projections: bool = False,
         zero_init: bool = True,
         backend: str = "auto",
         absorb: bool | Literal["auto"] = False,
@@ -89,6 +92,7 @@ class SELA(CrossAttention):
             feature_norm=feature_norm,
             query_layers=query_layers,
             output_layers=output_layers,
+            inner_projections=inner_projections,
             zero_init=zero_init,
         )
         if window < 1:
@@ -236,11 +240,11 @@ def _position_table(position: Position, heads: int, window: int, cells: Grid, ke
     if position == "learned":
         nn.init.normal_(table, std=_LEARNED_STD)
     elif position == "specialised":
-        for entry in range(key_levels * heads):
-            row, column = divmod(entry % heads % math.prod(cells), columns)
-            for query in range(window * window):
-                i, j = divmod(query, window)
-                table[entry, query, i * rows + row, j * columns + column] = _OWN_CELL_LOGIT
+        entry, query = torch.arange(key_levels * heads)[:, None], torch.arange(window * window)
+        own = entry % heads % math.prod(cells)
+        own_row = query // window * rows + own // columns
+        own_column = query % window * columns + own % columns
+        table[entry, query, own_row, own_column] = _OWN_CELL_LOGIT
     else:
         raise ValueError(f"position={position!r}: expected 'specialised', 'learned' or 'none'")
     return nn.Parameter(table)

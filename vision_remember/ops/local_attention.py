@@ -9,14 +9,16 @@ from torch import Tensor
 from vision_remember.grid import Grid, check_grid, check_length
 from vision_remember.ops.naive import naive_local_attention
 from vision_remember.ops.regions import AxisRegions
+from vision_remember.ops.triton_local_attention import auto_local_attention, triton_local_attention
 from vision_remember.ops.windowed import windowed_local_attention
 from vision_remember.registry import Registry
 
 BACKENDS: Registry[Callable[..., Tensor]] = Registry(
     "back-end",
     {
-        "auto": windowed_local_attention,
+        "auto": auto_local_attention,
         "naive": naive_local_attention,
+        "triton": triton_local_attention,
         "windowed": windowed_local_attention,
     },
 )
@@ -58,7 +60,8 @@ def local_attention(
         bias: added to the logits. (heads, k*k, L*cells), by the query's place in its block and the cell's place in its
             region, both row by row: only on grids that divide evenly. (heads, blocks, k*k, L*cells) on any grids, one
             per block, the cells counted in a frame as large as the largest region (see ``region_bias``).
-        backend: "auto", "windowed" (fast) or "naive" (the loop that defines the operation).
+        backend: "windowed" (fast anywhere), "triton" (kernels for a GPU; float32 and less), "naive" (the loop that
+            defines the operation), or "auto": on a GPU the kernels where they suit, otherwise "windowed".
 
     Returns:
         (B, heads, h*w, d_v). Logits are scaled by ``1 / sqrt(d)``.

@@ -1,0 +1,174 @@
+"""Models, processors and pictures by the names that a command line has for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vision_remember.adapters.attach import attach_vision_remember
+from vision_remember.adapters.attachment import find_attachment
+from vision_remember.adapters.checkpoint import read_adapter
+from vision_remember.adapters.cli_common import Choices, say
+from vision_remember.adapters.compress import compress_projector
+from vision_remember.adapters.handle import VisionRememberHandle
+from vision_remember.adapters.load import load_vision_remember
+from vision_remember.adapters.resolve import resolve
+from vision_remember.adapters.share import fetch_adapter
+from vision_remember.adapters.skeleton import build_skeleton, give_storage
+from vision_remember.adapters.spec import MLLMSpec
+from vision_remember.config import VisionRememberConfig
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+
+
+def load_config(name: str, revision: str | None) -> Any:
+    """The configuration of MODEL.
+
+    Raises:
+        ValueError: it is no model of images and text, or has no configuration at all.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    _quiet()
+    if _is_path(name) and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{name} has no config.json: expected a repository id of the hub, or a model's folder")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except OSError as error:
+        raise ValueError(f"{name}: {_first_line(error)}") from error
+    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ValueError(f"{name} is a {config.model_type!r}, which is no image-text-to-text model of transformers")
+    return config
+
+
+def load_model(name: str, revision: str | None, *, device: str, dtype: str) -> Any:
+    """MODEL in eval mode; with random weights if its folder has none.
+
+    Raises:
+        ValueError: it cannot be loaded, or an unknown dtype or device.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    config = load_config(name, revision)
+    kind = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    if kind != "auto" and not isinstance(kind, torch.dtype):
+        raise ValueError(f"--dtype {dtype!r}: expected auto, float32, bfloat16 or float16")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device!r}: {_first_line(error)}") from error
+    if _is_path(name) and not any(path for pattern in _WEIGHTS for path in Path(name).glob(pattern)):
+        say(f"{name} has no weights: random ones are used, and answers mean nothing")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForImageTextToText.from_config(config, dtype=config.dtype if kind == "auto" else kind)
+    else:
+        say(f"loading {name}")
+        model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=kind)
+    model.config._name_or_path = name
+    return model.to(place).eval()
+
+
+def load_processor(name: str, revision: str | None) -> Any:
+    """The processor of MODEL.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} has no processor that can be loaded: {_first_line(error)}") from error
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(f"{name} has no image processor, only a {type(processor).__name__}")
+    return processor
+
+
+def load_picture(path: Path) -> Any:
+    """A picture, RGB.
+
+    Raises:
+        ImportError: Pillow is missing.
+        ValueError: no picture there.
+    """
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise ImportError("pictures need Pillow: pip install 'vision-remember[demo]'") from error
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"{path} is no picture that can be read: {_first_line(error)}") from error
+
+
+def attach(model: Any, processor: Any, choices: Choices) -> VisionRememberHandle:
+    """Attaches what the options of a command ask for: an adapter, or fresh blocks."""
+    if choices.adapter is not None:
+        return load_vision_remember(model, choices.adapter, processor)
+    if choices.projector is not None:
+        compress_projector(model, processor, choices.projector, ratio=choices.ratio)
+    return attach_vision_remember(
+        model, choices.layers, levels=choices.levels, preset=choices.preset, **choices.overrides
+    )
+
+
+def attached_skeleton(name: str, revision: str | None, choices: Choices) -> tuple[Any, VisionRememberHandle]:
+    """MODEL without weights but with blocks: the model, and the handle. The blocks have an adapter's weights, if any.
+
+    Raises:
+        ValueError: as attaching does.
+    """
+    config = load_config(name, revision)
+    say(f"building {name} without its weights")
+    model = build_skeleton(config)
+    model.config._name_or_path = name
+    adapter = None if choices.adapter is None else read_adapter(adapter_folder(choices.adapter))
+    spec: MLLMSpec | None = None if adapter is None else adapter.spec
+    parts = resolve(model, spec)
+    layers = adapter.config.layers if adapter else tuple(choices.layers or VisionRememberConfig().layers)
+    # The blocks take device and dtype from the layers that they stand before.
+    for index in layers:
+        if 0 <= index < len(parts.layers):
+            give_storage(parts.layers[index])
+    processor = None
+    if choices.projector is not None or (adapter is not None and adapter.projector is not None):
+        processor = load_processor(name, revision)
+    if adapter is not None:
+        return model, attach(model, processor, choices)
+    if choices.projector is not None:
+        compress_projector(model, processor, choices.projector, ratio=choices.ratio)
+    handle = attach_vision_remember(
+        model,
+        choices.layers,
+        levels=choices.levels,
+        preset=choices.preset,
+        spec=None if choices.projector is not None else parts.spec,
+        **choices.overrides,
+    )
+    assert find_attachment(model) is not None
+    return model, handle
+
+
+def adapter_folder(name: str) -> Path:
+    """The folder of an adapter, fetched if it is a repository."""
+    return Path(name) if Path(name).is_dir() else fetch_adapter(name, None)
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).is_dir() or name.startswith((".", "/")) or name.count("/") > 1
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,77 @@
+"""`transformers serve` with Vision Remember in the models that it loads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from vision_remember.adapters.attachment import find_attachment
+from vision_remember.adapters.cli_common import Choices
+from vision_remember.adapters.cli_load import attach
+
+
+def serve(model: str, choices: Choices, arguments: Sequence[str]) -> None:
+    """Serves one model until it is stopped.
+
+    Args:
+        model: repository id, or a folder with weights and processor.
+        choices: what to attach.
+        arguments: of ``transformers serve``, after the model.
+
+    Raises:
+        ImportError: the libraries of the server are missing: ``pip install 'vision-remember[serve]'``.
+        ValueError: as attaching does.
+    """
+    import typer
+
+    command = _serve_command()
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(name="serve")(command)
+    with attaching(choices):
+        app([model, *arguments], prog_name="transformers serve", standalone_mode=True)
+
+
+@contextmanager
+def attaching(choices: Choices) -> Iterator[None]:
+    """Inside, every model that a server of transformers loads has Vision Remember attached."""
+    _serve_command()
+    from transformers.cli.serving import model_manager as imported
+
+    model_manager: Any = imported
+    plain: Any = model_manager.ModelManager
+
+    class AttachingModelManager(plain):  # type: ignore[misc]
+        """Attaches after loading, once for each model."""
+
+        _attaching = threading.Lock()
+
+        def load_model_and_processor(self, *args: Any, **kwargs: Any) -> Any:
+            """The model, attached, and its processor."""
+            model, processor = super().load_model_and_processor(*args, **kwargs)
+            with self._attaching:
+                if find_attachment(model) is None:
+                    attach(model, processor, choices)
+            return model, processor
+
+    model_manager.ModelManager = AttachingModelManager
+    try:
+        yield
+    finally:
+        model_manager.ModelManager = plain
+
+
+def _serve_command() -> Any:
+    """The class behind ``transformers serve``.
+
+    Raises:
+        ImportError: it, or what it needs, is not there.
+    """
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ImportError("serving needs fastapi, uvicorn and openai: pip install 'vision-remember[serve]'")
+    from transformers.cli.serve import Serve
+
+    return Serve

@@ -1,0 +1,218 @@
+"""The command line on small saved models: what it prints, what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests.hosts import batch, build_llava, image_side, randomise
+from tests.processors import llava_processor
+from vision_remember import adapters, attach_vision_remember, compress_projector
+from vision_remember.adapters.cli import app
+from vision_remember.adapters.skeleton import build_skeleton
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ("inspect", "report", "export", "serve", "demo", "train", "bench", "eval")
+
+
+def run(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(scope="module", name="saved")
+def saved_fixture(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``full`` with weights and processor, ``bare`` with a configuration alone, an ``adapter`` and a ``picture``."""
+    root = tmp_path_factory.mktemp("saved")
+    model = build_llava()
+    processor = llava_processor("clip", image_side(model), model.config.vision_config.patch_size)
+    model.save_pretrained(root / "full")
+    processor.save_pretrained(root / "full")
+    model.config.save_pretrained(root / "bare")
+    compress_projector(model, processor, "adaptive_avg_pool", ratio=4)
+    handle = attach_vision_remember(model, [1, 3], window=2)
+    randomise(handle)
+    handle.save_pretrained(root / "adapter")
+    Image.new("RGB", (40, 32), "red").save(root / "picture.png")
+    return {name: root / name for name in ("full", "bare", "adapter")} | {"picture": root / "picture.png"}
+
+
+def test_every_command_has_a_page_with_examples() -> None:
+    page = run("--help").output
+    assert all(command in page for command in COMMANDS)
+    for command in COMMANDS:
+        page = run(command, "--help").output
+        assert f"vision-remember {command}" in page
+        assert "Examples:" in page
+
+
+def test_help_loads_no_model_library() -> None:
+    code = "import sys; from vision_remember.adapters.cli import app; print('transformers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_names_of_the_adapters_are_found() -> None:
+    assert not [name for name in adapters.__all__ if not hasattr(adapters, name)]
+
+
+@pytest.mark.parametrize("which", ["full", "bare"])
+def test_inspect_says_what_attaching_does(saved: dict[str, Path], which: str) -> None:
+    handle = attach_vision_remember(build_llava(), [1, 3], window=2)
+    found = json.loads(run("inspect", saved[which], "--layers", "1,3", "--set", "window=2", "--json").stdout)
+    assert found["parameters"] == handle.parameter_counts()
+    assert found["config"] == json.loads(handle.config.to_json())
+    assert (found["feature_grid"], found["token_grid"]) == ([8, 8], [8, 8])
+    table = run("inspect", saved[which], "--layers", "1,3", "--set", "window=2").stdout
+    for name, value in handle.summary().items():
+        assert any(line.startswith(name) and line.endswith(value) for line in table.splitlines())
+
+
+def test_inspect_of_a_swapped_projector_and_of_an_adapter(saved: dict[str, Path]) -> None:
+    options = ("--layers", "1,3", "--projector", "adaptive_avg_pool", "--ratio", "4", "--json")
+    assert json.loads(run("inspect", saved["full"], *options).stdout)["token_grid"] == [4, 4]
+    found = json.loads(run("inspect", saved["full"], "--adapter", saved["adapter"], "--json").stdout)
+    assert (found["token_grid"], found["config"]["window"]) == ([4, 4], 2)
+
+
+def test_a_skeleton_leaves_out_the_language_model_only() -> None:
+    model = build_llava()
+    generator_state = torch.random.get_rng_state()
+    skeleton = build_skeleton(model.config)
+    assert torch.equal(torch.random.get_rng_state(), generator_state)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert {name: parameter.shape for name, parameter in skeleton.named_parameters()} == shapes
+    on_meta = {name for name, parameter in skeleton.named_parameters() if parameter.is_meta}
+    assert on_meta == {name for name in shapes if "language_model" in name or "lm_head" in name}
+    assert all(torch.isfinite(p).all() for p in skeleton.parameters() if not p.is_meta)
+    buffers = dict(model.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in skeleton.named_buffers())
+    assert not any(p.is_meta for p in torch.nn.Linear(2, 2).parameters())
+
+
+def test_report_writes_the_page_and_the_numbers(saved: dict[str, Path], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    arguments = ("report", saved["full"], saved["picture"], "-q", "w3 w4", "--out", page, "--max-new-tokens", "2")
+    found = json.loads(run(*arguments, "--adapter", saved["adapter"], "--token", "2,3", "--json").stdout)
+    assert page.read_text().startswith("<!doctype html>")
+    assert (found["token"], found["page"]) == ([2, 3], str(page))
+    assert found["change"] > 0
+    assert "without:" in run(*arguments, "--layers", "1,3").stdout
+
+
+@pytest.mark.parametrize(("form", "suffix"), [("onnx", "onnx"), ("torch", "pt2")])
+def test_export_writes_graphs_that_agree(saved: dict[str, Path], tmp_path: Path, form: str, suffix: str) -> None:
+    arguments = ("export", saved["full"], "--adapter", saved["adapter"], "--out", tmp_path, "--format", form)
+    found = json.loads(run(*arguments, "--json").stdout)
+    assert [block["layer"] for block in found["blocks"]] == [1, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"layer_{n}.{suffix}" for n in (1, 3)]
+    for block in found["blocks"]:
+        assert block["passed"]
+        assert not block["identity"]
+        assert block["difference"] < 1e-4
+
+
+def test_export_of_untrained_blocks_is_checked_with_random_weights(saved: dict[str, Path], tmp_path: Path) -> None:
+    arguments = ("export", saved["bare"], "--layers", "1", "--out", tmp_path, "--format", "torch")
+    (block,) = json.loads(run(*arguments, "--json").stdout)["blocks"]
+    assert block["identity"]
+    assert 0 <= block["difference_with_random_weights"] < 1e-4
+    assert [path.name for path in tmp_path.iterdir()] == ["layer_1.pt2"]
+    assert "--tolerance" in run(*arguments, "--tolerance", "-1", code=1).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "{bare}", "--layers", "1;3"), "--layers '1;3': expected whole numbers"),
+        (("inspect", "{bare}", "--layers", "9"), "layers=[9]: this decoder has layers 0..3"),
+        (("inspect", "{bare}", "--set", "window"), "expected FIELD=VALUE"),
+        (("inspect", "{bare}", "--layers", "1", "--set", "windw=2"), "did you mean 'window'"),
+        (("inspect", "{bare}", "--preset", "papr"), "did you mean 'paper'"),
+        (
+            ("inspect", "{bare}", "--adapter", "{adapter}", "--set", "window=2"),
+            "--adapter brings its own configuration",
+        ),
+        (("inspect", "/nowhere"), "has no config.json"),
+        (("report", "{full}", "{full}"), "is no picture that can be read"),
+        (("report", "{bare}", "{picture}"), "has no processor"),
+        (("report", "{full}", "{picture}", "--token", "1"), "expected a row and a column"),
+        (("report", "{full}", "{picture}", "--dtype", "floaty"), "--dtype 'floaty'"),
+        (("report", "{full}", "{picture}", "--device", "abacus"), "--device 'abacus'"),
+        (("export", "{bare}", "--format", "tflite"), "expected onnx or torch"),
+        (("export", "{bare}", "--tokens", "12"), "expected rows x columns"),
+        (("bench", "sped"), "expected 'speed' or 'proof'"),
+        (("demo", "--sed", "1"), "unknown arguments --sed 1"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    saved: dict[str, Path], arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*(argument.format(**saved) for argument in arguments), code=2)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert message in last
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    for module in ("lmms_eval", "tqdm"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    assert "lmms_eval not installed: pip install 'vision-remember[eval]'" in run("eval", code=2).stderr
+    assert "pip install 'vision-remember[demo]'" in run("demo", "--quick", code=2).stderr
+
+
+def test_scripts_get_the_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A stand-in for the folder that holds examples and benchmarks."""
+    for path in ("examples/train", "benchmarks/speed"):
+        (tmp_path / path).mkdir(parents=True)
+        (tmp_path / path).parent.joinpath("__init__.py").touch()
+        (tmp_path / path / "__init__.py").touch()
+        (tmp_path / path / "__main__.py").write_text("import sys; print(sys.argv[1:]); sys.exit(7)")
+    monkeypatch.setattr("vision_remember.adapters.cli_lab.lab_folder", lambda: tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("examples", "benchmarks")]:
+        monkeypatch.delitem(sys.modules, name)
+    before = list(sys.path), list(sys.argv)
+    assert run("train", "a.yaml", "--lr", "1", code=7).stdout == "['a.yaml', '--lr', '1']\n"
+    assert run("bench", "speed", "--suite", "quick", code=7).stdout == "['--suite', 'quick']\n"
+    assert "has no benchmarks/proof: use the source repository" in run("bench", "proof", code=2).stderr
+    assert (list(sys.path), list(sys.argv)) == before
+    for name in [name for name in sys.modules if name.split(".")[0] in ("examples", "benchmarks")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_an_attached_model_is_what_a_server_answers_with(saved: dict[str, Path]) -> None:
+    pytest.importorskip("fastapi", reason="the libraries of the server are not installed")
+    pytest.importorskip("openai")
+    from transformers.cli.serving import model_manager
+
+    from vision_remember.adapters.attachment import find_attachment
+    from vision_remember.adapters.cli_common import Choices
+    from vision_remember.adapters.serve import attaching
+
+    choices = Choices.of(str(saved["adapter"]), "1,4", None, "default", None, None, 4)
+    plain = model_manager.ModelManager
+    with attaching(choices):
+        manager = model_manager.ModelManager(device="cpu", dtype="float32")
+        model, _ = manager.load_model_and_processor(f"{saved['full']}@main")
+        attachment = find_attachment(model)
+        again, _ = manager.load_model_and_processor(f"{saved['full']}@main")
+    assert model_manager.ModelManager is plain
+    assert again is model
+    assert attachment is find_attachment(again)
+    assert attachment is not None
+    assert attachment.config.window == 2
+    with torch.no_grad():
+        assert model(**batch(model)).logits.isfinite().all()  # type: ignore[operator]

@@ -1,0 +1,53 @@
+"""What can be answered blind or from bags of cells."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from vision_remember.synth import TASKS
+from vision_remember.synth.baselines import bag_accuracy, blind_accuracy, pooled_groups, rearrange
+
+
+@pytest.mark.parametrize(("unit", "pool"), [(1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (2, 4)])
+def test_rearranged_pages_keep_every_bag(unit: int, pool: int) -> None:
+    rng = np.random.default_rng(0)
+    slots = rng.integers(0, 50, (12 // unit, 12 // unit)).astype(np.int16)
+    labels = slots.repeat(unit, 0).repeat(unit, 1)
+    groups = pooled_groups(12, unit, pool)
+    moved = rearrange(labels, unit, groups, rng)
+    for top in range(0, 12, pool):
+        for left in range(0, 12, pool):
+            cell = np.s_[top : top + pool, left : left + pool]
+            assert Counter(labels[cell].ravel().tolist()) == Counter(moved[cell].ravel().tolist())
+    assert np.array_equal(labels, moved) == (not groups)
+    assert bool(groups) == (unit == 1 or pool == 4)  # 2 x 2 contents are alone in, or cut alike by, smaller cells
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_bag_tells_the_answer_exactly_where_no_detail_is_asked(task: str) -> None:
+    accuracy = bag_accuracy(task, 2, scenes=12)
+    assert accuracy < 0.85 if TASKS[task].detail else accuracy > 0.9
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_cell_of_its_own_tells_everything(task: str) -> None:
+    assert bag_accuracy(task, 1, scenes=5) == 1
+
+
+def test_characters_reach_the_known_ceiling_of_bags() -> None:
+    """Four letters in a pooled cell: guessing the most frequent one among them is right in 32 % of cases."""
+    assert 0.25 < bag_accuracy("characters", 2, scenes=60, questions=16) < 0.40
+
+
+@pytest.mark.parametrize("task", ["sequence", "table_rule", "gears", "relation", "position"])
+def test_options_in_random_order_leave_nothing_to_the_blind(task: str) -> None:
+    found = blind_accuracy(task, scenes=300)
+    assert abs(found.blind - found.chance) < 0.08
+
+
+def test_a_pool_that_does_not_fit_is_named() -> None:
+    with pytest.raises(ValueError, match="pool=13: a pooled cell is 1 to 12 cells wide here"):
+        bag_accuracy("bars", 13)

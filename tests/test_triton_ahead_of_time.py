@@ -1,0 +1,110 @@
+"""The Triton kernels compiled for GPUs that are not there: they compile, fit the registers, and spill none."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from vision_remember.ops import triton_local_attention
+
+pytest.importorskip("triton")
+
+DTYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+ALWAYS_FLOAT32 = {"lse", "delta", "grad_logits", "grad_saliency"}
+TENSORS = {"query", "key", "value", "saliency", "bias", "out", *(f"grad_{x}" for x in ("out", "query", "key", "value"))}
+KERNELS = ("forward_kernel", "query_gradient_kernel", "cell_gradient_kernel")
+MOST_REGISTERS = 255  # a GPU's own limit per thread
+
+
+class Usage(NamedTuple):
+    """What a kernel takes per thread, as ptxas reports it."""
+
+    registers: int
+    spilled_bytes: int
+
+
+def options(kernel: str, dim: int, partners: int) -> dict[str, Any]:
+    """What the operator compiles for, with saliency and bias, many queries and ``partners`` cells in a region."""
+    query = torch.empty(1, 1, 1, dim)
+    given = triton_local_attention._options(query, query, query, query)
+    together, step = triton_local_attention._tile(10_000, partners, given)
+    if kernel == "cell_gradient_kernel":
+        return {**given, "WANTS_SALIENCY": True, "CELLS": together, "QUERIES": step}
+    wants = {"WANTS_BIAS": True} if kernel == "query_gradient_kernel" else {}
+    return {**given, **wants, "QUERIES": together, "CELLS": step}
+
+
+def compiled(name: str, dtype: torch.dtype, capability: int, constants: dict[str, Any], directory: Path) -> Usage:
+    """Compiles a kernel as a launch on such a GPU would, aligned tensors and strides included."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    from vision_remember.ops import triton_kernels
+
+    kernel = getattr(triton_kernels, name)
+    signature, attributes = {}, {}
+    for place, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in ALWAYS_FLOAT32:
+            signature[argument] = "*fp32"
+        elif argument in TENSORS:
+            signature[argument] = DTYPES[dtype]
+        else:
+            signature[argument] = "fp32" if argument == "scale" else "i32"
+        if signature[argument].startswith("*") or argument.endswith(("_batch", "_head", "_row")):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(kernel.arg_names.index(key),): value for key, value in constants.items()},
+        attrs=attributes,
+    )
+    target = GPUTarget("cuda", capability, 32)
+    assembly = triton.compile(source, target=target, options=triton_local_attention._COMPILE).asm
+    assert assembly["cubin"]
+    path = directory / "kernel.ptx"
+    path.write_text(assembly["ptx"])
+    architecture = re.search(r"^\.target (\w+)", assembly["ptx"], re.MULTILINE)
+    assert architecture is not None
+    command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture[1]}", str(path), "-o", "/dev/null"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.findall(r"Used (\d+) registers", report)
+    spills = re.findall(r"(\d+) bytes spill", report)
+    assert (len(registers), len(spills)) == (1, 2), report  # one kernel; its stores and its loads
+    return Usage(int(registers[0]), sum(map(int, spills)))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float16,
+        pytest.param(torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(torch.float32, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_four_cells_a_region(kernel: str, dtype: torch.dtype, dim: int, capability: int, tmp_path: Path) -> None:
+    usage = compiled(kernel, dtype, capability, options(kernel, dim, 4), tmp_path)
+    assert usage.registers <= MOST_REGISTERS
+    assert usage.spilled_bytes == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("partners", [1, 2, 9, 36])
+@pytest.mark.parametrize("dim", [16, 72, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_other_sizes(kernel: str, dtype: torch.dtype, dim: int, partners: int, capability: int, tmp_path: Path) -> None:
+    usage = compiled(kernel, dtype, capability, options(kernel, dim, partners), tmp_path)
+    assert usage.registers <= MOST_REGISTERS
+    assert usage.spilled_bytes == 0

@@ -1,0 +1,321 @@
+"""The Triton kernels of local attention. Importing this module imports triton; its caller does so when first needed.
+
+All three work on tiles of pairs: some queries times some of the cells they see, or, for the gradients of keys and
+values, some cells times some of the queries that see them. A region holds few cells, four with the usual ratio, so the
+products are sums over channels in float32, not matrix products: a tensor core's smallest tile would be mostly padding,
+and the time goes into reading keys and values, which are read where they lie in the raster.
+
+Queries are counted by *slots*: block after block, the k*k places of each. A smaller last block leaves some slots empty.
+The cells of a region are counted in a frame as large as the largest region, level after level, which is the order of a
+bias per block; where a region is smaller, some places of the frame are empty.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether Triton's interpreter runs the kernels, on any device: TRITON_INTERPRET=1 was set."""
+
+# One compiled kernel serves all grids: images come in many sizes.
+_COUNTS = ["heads", "h", "w", "H", "W", "window", "levels", "slots", "blocks_across", "frame_rows", "frame_columns"]
+_any_grid = triton.jit(do_not_specialize=[*_COUNTS, "bias_slots"])
+_any_grid_and_span = triton.jit(do_not_specialize=[*_COUNTS, "bias_slots", "span_rows", "span_columns"])
+
+
+@triton.jit
+def _region(block, window, tokens, cells):
+    """First cell of a block's region along one axis, and how many there are."""
+    first = block * window * cells // tokens
+    return first, tl.cdiv(tl.minimum((block + 1) * window, tokens) * cells, tokens) - first
+
+
+@triton.jit
+def _queries_of(cell, window, tokens, cells):
+    """The reverse: first query that sees a cell along one axis, and how many do, whole blocks of them."""
+    first = cell * tokens // cells // window * window
+    after = tl.cdiv(tl.cdiv((cell + 1) * tokens, cells), window) * window
+    return first, tl.minimum(after, tokens) - first
+
+
+@triton.jit
+def _read(base, index, stride, valid, width: tl.constexpr, padded: tl.constexpr):
+    """Rows of a raster in float32, zero where not valid: (n,) or (m, n) numbers -> (n, padded) or (m, n, padded)."""
+    channels = tl.arange(0, padded)
+    if len(index.shape) == 2:
+        places = (index.to(tl.int64) * stride)[:, :, None] + channels[None, None, :]
+        inside = valid[:, :, None] & (channels < width)[None, None, :]
+    else:
+        places = (index.to(tl.int64) * stride)[:, None] + channels[None, :]
+        inside = valid[:, None] & (channels < width)[None, :]
+    return tl.load(base + places, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _write(base, index, stride, valid, rows, width: tl.constexpr, padded: tl.constexpr):
+    """The reverse of :func:`_read` for (n, padded) rows."""
+    channels = tl.arange(0, padded)
+    places = (index.to(tl.int64) * stride)[:, None] + channels[None, :]
+    tl.store(base + places, rows.to(base.dtype.element_ty), mask=valid[:, None] & (channels < width)[None, :])
+
+
+@triton.jit
+def _slot(slot, slots, h, w, window, blocks_across):
+    """Query number, block row and block column of each slot, and whether a query is there."""
+    inside = tl.minimum(slot, slots - 1)
+    block, place = inside // (window * window), inside % (window * window)
+    block_row, block_column = block // blocks_across, block % blocks_across
+    row, column = block_row * window + place // window, block_column * window + place % window
+    return row * w + column, block_row, block_column, (slot < slots) & (row < h) & (column < w)
+
+
+@triton.jit
+def _framed_cells(place, block_row, block_column, h, w, H, W, window, levels, frame_rows, frame_columns):
+    """Cell number at each place (m,) of the frame of each block (n,), and whether a cell is there: (n, m)."""
+    top, height = _region(block_row, window, h, H)
+    left, breadth = _region(block_column, window, w, W)
+    level, row = place // (frame_rows * frame_columns), place // frame_columns % frame_rows
+    column = place % frame_columns
+    cell = (level * H + row)[None, :] * W + column[None, :] + (top * W + left)[:, None]
+    there = (row[None, :] < height[:, None]) & (column[None, :] < breadth[:, None]) & (level < levels)[None, :]
+    return cell, there
+
+
+@_any_grid
+def forward_kernel(
+    query,
+    key,
+    value,
+    saliency,  # (B, L*H*W)
+    bias,  # (heads, bias_slots, places): one for each slot, or one for each slot of a block
+    out,
+    lse,  # (B*heads, slots) float32, what the backward kernels need to rebuild the weights
+    scale,
+    query_batch, query_head, query_row,  # strides
+    key_batch, key_head, key_row,
+    value_batch, value_head, value_row,
+    out_batch, out_head, out_row,
+    heads, h, w, H, W, window, levels,
+    slots, blocks_across, frame_rows, frame_columns, bias_slots,
+    HAS_SALIENCY: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PADDED: tl.constexpr,
+    QUERIES: tl.constexpr,
+    CELLS: tl.constexpr,
+):  # fmt: skip
+    """Some queries of one head of one image, all their cells in steps, softmax on the way."""
+    tiles = tl.cdiv(slots, QUERIES)
+    image_head, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    image, head = image_head // heads, image_head % heads
+    query += image * query_batch + head * query_head
+    key += image * key_batch + head * key_head
+    value += image * value_batch + head * value_head
+    out += image * out_batch + head * out_head
+
+    slot = tile * QUERIES + tl.arange(0, QUERIES)
+    index, block_row, block_column, exists = _slot(slot, slots, h, w, window, blocks_across)
+    q = _read(query, index, query_row, exists, D, D_PADDED) * scale
+    places = levels * frame_rows * frame_columns
+    highest = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    read = tl.zeros((QUERIES, DV_PADDED), tl.float32)
+    for start in range(0, places, CELLS):
+        place = start + tl.arange(0, CELLS)
+        cell, there = _framed_cells(
+            place, block_row, block_column, h, w, H, W, window, levels, frame_rows, frame_columns
+        )
+        there = there & exists[:, None]
+        k = _read(key, cell, key_row, there, D, D_PADDED)
+        v = _read(value, cell, value_row, there, DV, DV_PADDED)
+        logits = tl.sum(q[:, None, :] * k, 2)
+        if HAS_BIAS:
+            row = (head * bias_slots + slot % bias_slots) * places
+            logits += tl.load(bias + row[:, None] + place[None, :], mask=there, other=0.0).to(tl.float32)
+        logits = tl.where(there, logits, float("-inf"))
+        higher = tl.maximum(highest, tl.max(logits, 1))
+        # while all cells so far are masked, by a bias of minus infinity, there is nothing to take off
+        offset = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp(highest - offset)
+        weights = tl.exp(logits - offset[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        if HAS_SALIENCY:
+            weights *= tl.load(saliency + image * levels * H * W + cell, mask=there, other=0.0).to(tl.float32)
+        read = read * shrink[:, None] + tl.sum(weights[:, :, None] * v, 1)
+        highest = higher
+    total = tl.where(exists, total, 1.0)
+    _write(out, index, out_row, exists, read / total[:, None], DV, DV_PADDED)
+    tl.store(lse + image_head * slots + slot, tl.where(exists, highest + tl.log(total), 0.0), mask=slot < slots)
+
+
+@_any_grid
+def query_gradient_kernel(
+    query,
+    key,
+    value,
+    saliency,
+    bias,
+    out,
+    grad_out,
+    lse,
+    delta,  # (B*heads, slots) float32: grad_out . out of each query, for the next kernel
+    grad_query,
+    grad_logits,  # (B*heads, slots, places) float32, the parts of the bias gradient
+    scale,
+    query_batch, query_head, query_row,
+    key_batch, key_head, key_row,
+    value_batch, value_head, value_row,
+    out_batch, out_head, out_row,
+    grad_out_batch, grad_out_head, grad_out_row,
+    grad_query_batch, grad_query_head, grad_query_row,
+    heads, h, w, H, W, window, levels,
+    slots, blocks_across, frame_rows, frame_columns, bias_slots,
+    HAS_SALIENCY: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WANTS_BIAS: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PADDED: tl.constexpr,
+    QUERIES: tl.constexpr,
+    CELLS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of some queries and of the logits of all their cells."""
+    tiles = tl.cdiv(slots, QUERIES)
+    image_head, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    image, head = image_head // heads, image_head % heads
+    query += image * query_batch + head * query_head
+    key += image * key_batch + head * key_head
+    value += image * value_batch + head * value_head
+    out += image * out_batch + head * out_head
+    grad_out += image * grad_out_batch + head * grad_out_head
+    grad_query += image * grad_query_batch + head * grad_query_head
+
+    slot = tile * QUERIES + tl.arange(0, QUERIES)
+    index, block_row, block_column, exists = _slot(slot, slots, h, w, window, blocks_across)
+    q = _read(query, index, query_row, exists, D, D_PADDED) * scale
+    go = _read(grad_out, index, grad_out_row, exists, DV, DV_PADDED)
+    dot = tl.sum(go * _read(out, index, out_row, exists, DV, DV_PADDED), 1)
+    norm = tl.load(lse + image_head * slots + slot, mask=exists, other=0.0)
+    tl.store(delta + image_head * slots + slot, dot, mask=exists)
+    places = levels * frame_rows * frame_columns
+    gq = tl.zeros((QUERIES, D_PADDED), tl.float32)
+    for start in range(0, places, CELLS):
+        place = start + tl.arange(0, CELLS)
+        cell, there = _framed_cells(
+            place, block_row, block_column, h, w, H, W, window, levels, frame_rows, frame_columns
+        )
+        there = there & exists[:, None]
+        k = _read(key, cell, key_row, there, D, D_PADDED)
+        v = _read(value, cell, value_row, there, DV, DV_PADDED)
+        logits = tl.sum(q[:, None, :] * k, 2)
+        if HAS_BIAS:
+            row = (head * bias_slots + slot % bias_slots) * places
+            logits += tl.load(bias + row[:, None] + place[None, :], mask=there, other=0.0).to(tl.float32)
+        weights = tl.exp(tl.where(there, logits - norm[:, None], float("-inf")))
+        grad_weights = tl.sum(go[:, None, :] * v, 2)
+        if HAS_SALIENCY:
+            grad_weights *= tl.load(saliency + image * levels * H * W + cell, mask=there, other=0.0).to(tl.float32)
+        gl = weights * (grad_weights - dot[:, None])
+        gq += tl.sum(gl[:, :, None] * k, 1)
+        if WANTS_BIAS:
+            # empty slots and places too, as zeros: all of it is summed up
+            row = (image_head * slots + slot) * places
+            inside = (slot < slots)[:, None] & (place < places)[None, :]
+            tl.store(grad_logits + row[:, None] + place[None, :], gl, mask=inside)
+    _write(grad_query, index, grad_query_row, exists, gq * scale, D, D_PADDED)
+
+
+@_any_grid_and_span
+def cell_gradient_kernel(
+    query,
+    key,
+    value,
+    saliency,
+    bias,
+    grad_out,
+    lse,
+    delta,
+    grad_key,
+    grad_value,
+    grad_saliency,  # (B*heads, L*H*W) float32, the parts of the saliency gradient
+    scale,
+    query_batch, query_head, query_row,
+    key_batch, key_head, key_row,
+    value_batch, value_head, value_row,
+    grad_out_batch, grad_out_head, grad_out_row,
+    grad_key_batch, grad_key_head, grad_key_row,
+    grad_value_batch, grad_value_head, grad_value_row,
+    heads, h, w, H, W, window, levels,
+    slots, blocks_across, frame_rows, frame_columns, bias_slots, span_rows, span_columns,
+    HAS_SALIENCY: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WANTS_SALIENCY: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PADDED: tl.constexpr,
+    QUERIES: tl.constexpr,
+    CELLS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of some cells: each adds up its queries, always in the same order, where regions overlap too."""
+    cells = levels * H * W
+    tiles = tl.cdiv(cells, CELLS)
+    image_head, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    image, head = image_head // heads, image_head % heads
+    query += image * query_batch + head * query_head
+    key += image * key_batch + head * key_head
+    value += image * value_batch + head * value_head
+    grad_out += image * grad_out_batch + head * grad_out_head
+    grad_key += image * grad_key_batch + head * grad_key_head
+    grad_value += image * grad_value_batch + head * grad_value_head
+
+    cell = tile * CELLS + tl.arange(0, CELLS)
+    exists = cell < cells
+    level, y, x = cell // (H * W), cell // W % H, cell % W
+    top, height = _queries_of(y, window, h, H)
+    left, breadth = _queries_of(x, window, w, W)
+    k = _read(key, cell, key_row, exists, D, D_PADDED)
+    v = _read(value, cell, value_row, exists, DV, DV_PADDED)
+    if HAS_SALIENCY:
+        salient = tl.load(saliency + image * cells + cell, mask=exists, other=0.0).to(tl.float32)
+    places = levels * frame_rows * frame_columns
+    gk = tl.zeros((CELLS, D_PADDED), tl.float32)
+    gv = tl.zeros((CELLS, DV_PADDED), tl.float32)
+    gs = tl.zeros((CELLS,), tl.float32)
+    for start in range(0, span_rows * span_columns, QUERIES):
+        step = start + tl.arange(0, QUERIES)
+        down, across = (step // span_columns)[None, :], (step % span_columns)[None, :]
+        there = exists[:, None] & (down < height[:, None]) & (across < breadth[:, None])
+        row, column = top[:, None] + down, left[:, None] + across
+        index = row * w + column
+        block_row, block_column = row // window, column // window
+        slot = (block_row * blocks_across + block_column) * window * window + row % window * window + column % window
+        q = _read(query, index, query_row, there, D, D_PADDED)
+        go = _read(grad_out, index, grad_out_row, there, DV, DV_PADDED)
+        norm = tl.load(lse + image_head * slots + slot, mask=there, other=0.0)
+        dot = tl.load(delta + image_head * slots + slot, mask=there, other=0.0)
+        logits = tl.sum(q * k[:, None, :], 2) * scale
+        if HAS_BIAS:
+            inner_row = y[:, None] - block_row * window * H // h
+            inner_column = x[:, None] - block_column * window * W // w
+            place = (level[:, None] * frame_rows + inner_row) * frame_columns + inner_column
+            row_of_bias = (head * bias_slots + slot % bias_slots) * places
+            logits += tl.load(bias + row_of_bias + place, mask=there, other=0.0).to(tl.float32)
+        weights = tl.exp(tl.where(there, logits - norm, float("-inf")))
+        grad_weights = tl.sum(go * v[:, None, :], 2)
+        gv += tl.sum(weights[:, :, None] * go, 1)
+        if WANTS_SALIENCY:
+            gs += tl.sum(weights * grad_weights, 1)
+        if HAS_SALIENCY:
+            grad_weights *= salient[:, None]
+        gk += tl.sum((weights * (grad_weights - dot))[:, :, None] * q, 1)
+    if HAS_SALIENCY:
+        gv *= salient[:, None]
+    if WANTS_SALIENCY:
+        tl.store(grad_saliency + image_head * cells + cell, gs, mask=exists)
+    _write(grad_key, cell, grad_key_row, exists, gk * scale, D, D_PADDED)
+    _write(grad_value, cell, grad_value_row, exists, gv, DV, DV_PADDED)

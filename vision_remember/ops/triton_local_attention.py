@@ -1,0 +1,376 @@
+"""Local attention by Triton kernels: one launch forward, the raster read where it lies, nothing of it copied.
+
+The kernels are in ``triton_kernels.py``. Here they become two PyTorch operators, forward and backward, so that
+``torch.compile`` and ``FakeTensorMode`` see one call each. Defining them needs torch only; triton is imported by the
+first call that runs a kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vision_remember.grid import Grid, region
+from vision_remember.ops.regions import AxisRegions
+from vision_remember.ops.windowed import windowed_local_attention
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDEST = 256
+"""Channels of a head that a kernel holds at once; a wider value is read in parts, a wider query is refused."""
+
+_IMPORTABLE = importlib.util.find_spec("triton") is not None
+# A larger block is a large matrix product, which the windowed back-end gives to tensor cores.
+_LARGEST_WINDOW = 4
+_OLDEST_GPU = 8  # compute capability, its first number
+# Pairs of a query and a cell, times channels, that one program holds: 8 numbers per thread for each of two tensors, one
+# load of 16 bytes in half precision. Compiled for sm_80 and sm_90 that takes 50 to 120 registers.
+_TILE, _MOST_PARTNERS = 1024, 16
+# Said aloud because Triton's default for the second changes.
+_COMPILE = {"num_warps": 4, "enable_fp_fusion": True}
+_SIZES = "SymInt h, SymInt w, SymInt H, SymInt W, SymInt levels, SymInt window"
+
+
+def auto_local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    query_grid: Grid,
+    key_grid: Grid,
+    key_levels: int = 1,
+    window: int = 1,
+    saliency: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The Triton kernels on a GPU that can run them, for small blocks; otherwise the windowed form."""
+    suits = query.device.type == "cuda" and query.dtype in DTYPES and query.shape[-1] <= WIDEST
+    attend = windowed_local_attention
+    if suits and window <= _LARGEST_WINDOW and _IMPORTABLE and _is_new_enough(query.device):
+        attend = triton_local_attention
+    return attend(
+        query,
+        key,
+        value,
+        query_grid=query_grid,
+        key_grid=key_grid,
+        key_levels=key_levels,
+        window=window,
+        saliency=saliency,
+        bias=bias,
+    )
+
+
+def _is_new_enough(device: torch.device) -> bool:
+    """Whether Triton generates code for this GPU. Without any GPU, tensors on one are fake, and all is possible."""
+    if not torch.cuda.is_available():
+        return True
+    # of the ways to ask, torch.compile takes the answer of this one for a constant
+    return torch.version.hip is None and torch.cuda.get_device_properties(device).major >= _OLDEST_GPU
+
+
+def triton_local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    query_grid: Grid,
+    key_grid: Grid,
+    key_levels: int = 1,
+    window: int = 1,
+    saliency: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """See :func:`vision_remember.ops.local_attention`; the shapes are taken as already checked.
+
+    Everything is computed in float32, whatever the dtype of the tensors. Gradients are summed in a fixed order, so two
+    calls give the same bits. They cannot be differentiated again.
+
+    Raises:
+        ValueError: a dtype or width that the kernels do not have, or tensors that are not on a GPU.
+        ImportError: triton is missing.
+    """
+    if query.dtype not in DTYPES:
+        known = ", ".join(map(str, DTYPES))
+        raise ValueError(f"backend='triton' with {query.dtype}: expected {known}; backend='windowed' takes any")
+    if query.shape[-1] > WIDEST:
+        raise ValueError(
+            f"backend='triton' with heads of {query.shape[-1]} channels: expected at most {WIDEST} in query and key;"
+            " backend='windowed' takes any"
+        )
+    sizes = (*query_grid, *key_grid, key_levels, window)
+    if value.shape[-1] <= WIDEST:
+        return _forward(query, key, value, saliency, bias, *sizes)[0]
+    parts = [_forward(query, key, part, saliency, bias, *sizes)[0] for part in value.split(WIDEST, dim=-1)]
+    return torch.cat(parts, dim=-1)
+
+
+class _Geometry(NamedTuple):
+    """What the kernels need to know besides the two grids."""
+
+    slots: int  # places of all blocks, also those without a query
+    blocks_across: int
+    frame_rows: int  # cells of the largest region
+    frame_columns: int
+    span_rows: int  # queries that see one cell, at most
+    span_columns: int
+
+
+@functools.lru_cache(maxsize=256)
+def _geometry(h: int, w: int, H: int, W: int, window: int) -> _Geometry:
+    rows, columns = AxisRegions(h, H, window), AxisRegions(w, W, window)
+    slots = rows.blocks * columns.blocks * window**2
+    spans = _longest_span(h, H, window), _longest_span(w, W, window)
+    return _Geometry(slots, columns.blocks, rows.extent, columns.extent, *spans)
+
+
+def _longest_span(tokens: int, cells: int, window: int) -> int:
+    """The most queries of one axis that see the same cell: the rule of regions with its sides swapped, whole blocks."""
+    bounds = [region(cell, cell + 1, cells, tokens) for cell in range(cells)]
+    return max(min(-(-stop // window) * window, tokens) - start // window * window for start, stop in bounds)
+
+
+@torch.library.custom_op(
+    "vision_remember::local_attention",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, Tensor? saliency, Tensor? bias, {_SIZES}) -> (Tensor, Tensor)",
+)
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    saliency: Tensor | None,
+    bias: Tensor | None,
+    h: int,
+    w: int,
+    H: int,
+    W: int,
+    levels: int,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """The output (B, heads, h*w, d_v) and the logarithm of each softmax's denominator (B, heads, slots)."""
+    kernels = _kernels(query.device)
+    geometry = _geometry(h, w, H, W, window)
+    query, key, value = (_dense_rows(x) for x in (query, key, value))
+    out, lse = _empty_outputs(query, value, h, w, window)
+    options = _options(query, value, saliency, bias)
+    places = levels * geometry.frame_rows * geometry.frame_columns
+    queries, cells = _tile(geometry.slots, places, options)
+    with torch.cuda.device_of(query):  # a model may be spread over several GPUs
+        kernels.forward_kernel[(_programs(query, geometry.slots, queries),)](
+            *(query, key, value, _dense(saliency), _dense(bias), out, lse, 1 / math.sqrt(query.shape[-1])),
+            *(stride for x in (query, key, value, out) for stride in x.stride()[:3]),
+            *(query.shape[1], h, w, H, W, window, levels, *geometry[:4], _bias_slots(bias, geometry, window)),
+            **options,
+            QUERIES=queries,
+            CELLS=cells,
+            **_COMPILE,
+        )
+    return out, lse
+
+
+@_forward.register_fake
+def _forward_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    saliency: Tensor | None,
+    bias: Tensor | None,
+    h: int,
+    w: int,
+    H: int,
+    W: int,
+    levels: int,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(query, value, h, w, window)
+
+
+@torch.library.custom_op(
+    "vision_remember::local_attention_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? saliency, Tensor? bias, Tensor out,"
+        f" Tensor lse, bool wants_saliency, bool wants_bias, {_SIZES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    saliency: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    wants_saliency: bool,
+    wants_bias: bool,
+    h: int,
+    w: int,
+    H: int,
+    W: int,
+    levels: int,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, value, saliency and bias; the last two are empty where nobody wants them."""
+    kernels = _kernels(query.device)
+    geometry = _geometry(h, w, H, W, window)
+    query, key, value, grad_out = (_dense_rows(x) for x in (query, key, value, grad_out))
+    grad_query, grad_key, grad_value = (_empty_heads(*x.shape, like=x) for x in (query, key, value))
+    places = levels * geometry.frame_rows * geometry.frame_columns
+    batch, heads = query.shape[:2]
+    blocks = geometry.slots // window**2
+    delta = torch.empty_like(lse)
+    logit_parts = lse.new_empty((batch, heads, blocks, window**2, places) if wants_bias else (0,))
+    saliency_parts = lse.new_empty((batch, heads, key.shape[2]) if wants_saliency else (0,))
+
+    scale = 1 / math.sqrt(query.shape[-1])
+    options = _options(query, value, saliency, bias)
+    inputs = (query, key, value, _dense(saliency), _dense(bias))
+    numbers = (heads, h, w, H, W, window, levels, *geometry[:4], _bias_slots(bias, geometry, window))
+    queries, cells = _tile(geometry.slots, places, options)
+    with torch.cuda.device_of(query):
+        kernels.query_gradient_kernel[(_programs(query, geometry.slots, queries),)](
+            *(*inputs, out, grad_out, lse, delta, grad_query, logit_parts, scale),
+            *(stride for x in (query, key, value, out, grad_out, grad_query) for stride in x.stride()[:3]),
+            *numbers,
+            **options,
+            WANTS_BIAS=wants_bias,
+            QUERIES=queries,
+            CELLS=cells,
+            **_COMPILE,
+        )
+        cells, queries = _tile(key.shape[2], geometry.span_rows * geometry.span_columns, options)
+        kernels.cell_gradient_kernel[(_programs(query, key.shape[2], cells),)](
+            *(*inputs, grad_out, lse, delta, grad_key, grad_value, saliency_parts, scale),
+            *(stride for x in (query, key, value, grad_out, grad_key, grad_value) for stride in x.stride()[:3]),
+            *(*numbers, *geometry[4:]),
+            **options,
+            WANTS_SALIENCY=wants_saliency,
+            QUERIES=queries,
+            CELLS=cells,
+            **_COMPILE,
+        )
+    grad_saliency = saliency_parts.sum(1).to(query.dtype) if wants_saliency else query.new_empty(0)
+    grad_bias = query.new_empty(0)
+    if bias is not None and wants_bias:
+        grad_bias = logit_parts.sum((0, 2) if bias.ndim == 3 else 0).to(query.dtype)
+    return grad_query, grad_key, grad_value, grad_saliency, grad_bias
+
+
+@_backward.register_fake
+def _backward_fake(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    saliency: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    wants_saliency: bool,
+    wants_bias: bool,
+    *sizes: int,
+) -> tuple[Tensor, ...]:
+    grads = [_empty_heads(*x.shape, like=x) for x in (query, key, value)]
+    for x, wanted in ((saliency, wants_saliency), (bias, wants_bias)):
+        grads.append(query.new_empty(x.shape if x is not None and wanted else 0))
+    return tuple(grads)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.sizes = inputs[5:]
+    ctx.set_materialize_grads(False)  # nobody reads the denominators: no zeros for their gradient
+
+
+def _gradients(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    wants = ctx.needs_input_grad[3:5]
+    grads: tuple[Tensor | None, ...] = _backward(grad_out, *ctx.saved_tensors, *wants, *ctx.sizes)
+    wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
+    return (*wanted, *(None for _ in ctx.sizes))
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError("the gradients of backend='triton' cannot be differentiated again; backend='windowed' can")
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
+_backward.register_autograd(_no_second_derivative)
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    """The module of kernels, imported on first use."""
+    try:
+        from vision_remember.ops import triton_kernels
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ImportError(
+            "backend='triton' needs triton: pip install 'vision-remember[triton]', or use backend='windowed'"
+        ) from error
+    if device.type != "cuda" and not triton_kernels.INTERPRETED:
+        raise ValueError(
+            f"backend='triton' with tensors on {device}: expected a CUDA device; or, to test without one, the variable"
+            " TRITON_INTERPRET=1 before triton is imported; backend='windowed' runs anywhere"
+        )
+    return triton_kernels
+
+
+def _empty_heads(batch: int, heads: int, length: int, dim: int, *, like: Tensor) -> Tensor:
+    """(batch, heads, length, dim), laid out so that joining the heads copies nothing."""
+    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _empty_outputs(query: Tensor, value: Tensor, h: int, w: int, window: int) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _ = query.shape
+    slots = -(-h // window) * -(-w // window) * window * window
+    lse = query.new_empty(batch, heads, slots, dtype=torch.float32)
+    return _empty_heads(batch, heads, length, value.shape[-1], like=query), lse
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """The tensor itself wherever the channels of a row lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _bias_slots(bias: Tensor | None, geometry: _Geometry, window: int) -> int:
+    """Rows of the bias per head: one for each slot, or one for each slot of a block that all blocks share."""
+    return window**2 if bias is None or bias.ndim == 3 else geometry.slots
+
+
+def _options(query: Tensor, value: Tensor, saliency: Tensor | None, bias: Tensor | None) -> dict[str, Any]:
+    """What the kernels are compiled for."""
+    D, DV = query.shape[-1], value.shape[-1]
+    return {
+        "HAS_SALIENCY": saliency is not None,
+        "HAS_BIAS": bias is not None,
+        "D": D,
+        "D_PADDED": _power_of_two(D),
+        "DV": DV,
+        "DV_PADDED": _power_of_two(DV),
+    }
+
+
+def _tile(count: int, partners: int, options: dict[str, Any]) -> tuple[int, int]:
+    """How many queries (or cells) one program takes, and how many of their cells (or queries) at a time."""
+    pairs = max(_TILE // max(options["D_PADDED"], options["DV_PADDED"]), 1)
+    step = min(_power_of_two(partners), _MOST_PARTNERS, pairs)
+    return min(pairs // step, _power_of_two(count)), step
+
+
+def _programs(query: Tensor, count: int, together: int) -> int:
+    return query.shape[0] * query.shape[1] * -(-count // together)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
