@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=11, help="interleaved repeats (11)")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU (1)")
     parser.add_argument("--decoder", action="append", default=[], help="for ttft: Qwen2-0.5B, Qwen2-1.5B or Qwen2-7B")
+    parser.add_argument("--arm", action="append", default=[], help="for ttft: measure these beside the first, not all")
     parser.add_argument("--small", action="store_true", help="miniature sizes, to see that a suite runs")
     parser.add_argument("--output", type=Path, default=_RESULTS, help="folder of the JSON files and plots")
     given = parser.parse_args(arguments)
@@ -42,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     plan = Plan(given.device, given.repeats, given.small)
     for suite in given.suite or SUITES:
-        run = partial(ttft.run, decoders=tuple(given.decoder)) if suite == "ttft" else SUITES[suite]
+        run = (
+            partial(ttft.run, decoders=tuple(given.decoder), names=tuple(given.arm))
+            if suite == "ttft"
+            else SUITES[suite]
+        )
         results = run(plan)
         show(results)
         name = "_".join([suite, *given.decoder]) if suite == "ttft" else suite
