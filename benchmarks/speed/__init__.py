@@ -1,0 +1,1 @@
+"""What Vision Remember costs: ``python -m benchmarks.speed --suite op|block|ttft|train|capture --device cpu|cuda``."""

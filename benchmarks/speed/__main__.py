@@ -1,0 +1,58 @@
+"""Runs suites, prints a table, and writes JSON and a plot."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.speed import absorb, block, capture, op, train, ttft
+from benchmarks.speed.measure import Plan, about
+from benchmarks.speed.report import show, write
+
+SUITES = {
+    "op": op.run,
+    "absorb": absorb.run,
+    "block": block.run,
+    "ttft": ttft.run,
+    "train": train.run,
+    "capture": capture.run,
+}
+_RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry; see ``--help``."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
+    parser.add_argument("--suite", choices=SUITES, action="append", help="may be given several times; all without it")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repeats", type=int, default=11, help="interleaved repeats (11)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU (1)")
+    parser.add_argument("--decoder", action="append", default=[], help="for ttft: Qwen2-0.5B, Qwen2-1.5B or Qwen2-7B")
+    parser.add_argument("--arm", action="append", default=[], help="for ttft: measure these beside the first, not all")
+    parser.add_argument("--small", action="store_true", help="miniature sizes, to see that a suite runs")
+    parser.add_argument("--output", type=Path, default=_RESULTS, help="folder of the JSON files and plots")
+    given = parser.parse_args(arguments)
+    if given.repeats < 1:
+        parser.error(f"--repeats {given.repeats}: expected at least 1")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no CUDA device")
+    torch.set_num_threads(given.threads)
+    plan = Plan(given.device, given.repeats, given.small)
+    for suite in given.suite or SUITES:
+        run = (
+            partial(ttft.run, decoders=tuple(given.decoder), names=tuple(given.arm))
+            if suite == "ttft"
+            else SUITES[suite]
+        )
+        results = run(plan)
+        show(results)
+        name = "_".join([suite, *given.decoder]) if suite == "ttft" else suite
+        write(given.output / f"speed_{given.device}_{name}.json", {"suite": suite, **about(plan)}, results)
+
+
+if __name__ == "__main__":
+    main()

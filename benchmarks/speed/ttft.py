@@ -1,0 +1,81 @@
+"""Time to first token through ``generate()``: encoder, projector, prefill and one token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.speed.hosts import build, prompt, twin
+from benchmarks.speed.measure import Plan, Result, measure
+from vision_remember import attach_pruner, attach_vision_remember, compress_projector
+from vision_remember.adapters.llava import LLAVA
+
+_ONE_TOKEN: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+# Without what they say about unread encoder blocks, so that all of them run and nothing is saved.
+_WHOLE_ENCODER = replace(LLAVA, feature_levels=None)
+
+
+def run(plan: Plan, decoders: tuple[str, ...] = (), names: tuple[str, ...] = ()) -> list[Result]:
+    """Arms with 144 pooled tokens a tile against each other, against all 576, and against pruning these.
+
+    Args:
+        plan: how to measure.
+        decoders: their names; none for the smallest.
+        names: arms to measure beside the first; none for all.
+
+    Raises:
+        ValueError: an arm that there is not.
+    """
+    chosen = decoders or (("tiny",) if plan.small else ("Qwen2-0.5B",))
+    tiles = (1, 5) if plan.device == "cuda" else (1,)
+    dtype = torch.bfloat16 if plan.device == "cuda" else torch.float32
+    results = []
+    for decoder in chosen:
+        base = build(decoder, plan.device, dtype=dtype)
+        arms = _arms(base)
+        for name in names:
+            if name not in arms:
+                raise ValueError(f"no arm {name!r}: there are {', '.join(arms)}")
+        arms = {name: model for name, model in arms.items() if not names or name in ("pooled", *names)}
+        for count in tiles:
+            candidates = {name: _first_token(model, count) for name, model in arms.items()}
+            results += measure(plan, decoder if count == 1 else f"{decoder} x{count}", candidates)
+    return results
+
+
+def _arms(base: Any) -> dict[str, Any]:
+    """Models that share their weights: the pooled one first, as what the others are compared with."""
+    arms = {"pooled": _pooled(base), "uncompressed": twin(base)}
+    options: dict[str, dict[str, Any]] = {
+        "SELA, whole encoder": {"spec": _WHOLE_ENCODER},
+        "SELA absorbed, whole encoder": {"spec": _WHOLE_ENCODER, "absorb": True},
+        "deformable, whole encoder": {"spec": _WHOLE_ENCODER, "interaction": "deformable"},
+        "global, whole encoder": {"spec": _WHOLE_ENCODER, "interaction": "global"},
+        "SELA": {},
+    }
+    for name, given in options.items():
+        arms[name] = _pooled(base)
+        attach_vision_remember(arms[name], [1, 4], **given)
+    pruners: dict[str, tuple[str, dict[str, Any]]] = {
+        "FastV, half": ("fastv", {"layer": 2, "keep": 0.5}),
+        "FastV, a quarter": ("fastv", {"layer": 2, "keep": 0.25}),
+        "PyramidDrop": ("pyramid_drop", {}),
+    }
+    for name, (pruner, given) in pruners.items():
+        arms[name] = twin(base)
+        attach_pruner(arms[name], pruner, **given)
+    return arms
+
+
+def _pooled(base: Any) -> Any:
+    model = twin(base)
+    compress_projector(model, None, "adaptive_avg_pool", ratio=4)
+    return model
+
+
+def _first_token(model: Any, tiles: int) -> Callable[[], Any]:
+    inputs = prompt(model, tiles)
+    return lambda: model.generate(**inputs, **_ONE_TOKEN)
