@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from benchmarks.launches import Launches, counted, fake, moved
+from tests.launches import Launches, counted, fake, moved
 from vision_remember import VisionRemember
 from vision_remember.grid import Grid
 from vision_remember.interactions import SELA

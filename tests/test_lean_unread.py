@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers as hf
 
-from benchmarks.launches import Launches
 from tests.fingerprint import Fingerprint
 from tests.hosts import ENCODER_CONFIGS, batch, build_llava, randomise, set_checkpointing
+from tests.launches import Launches
 from vision_remember import attach_vision_remember, compress_projector, detach_vision_remember
 from vision_remember.tap import MultiLevelTap
 
