@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vision_remember.adapters.attach import new_block, plan
-from vision_remember.adapters.checkpoint import SavedAdapter, check_base, check_weights
+from vision_remember.adapters.checkpoint import SavedAdapter, check_base, check_weights, describe_projector
 from vision_remember.adapters.compress import new_projector
 from vision_remember.adapters.resolve import HostParts, resolve
 from vision_remember.adapters.spec import MLLMSpec
@@ -48,7 +48,7 @@ def rehearse(model: nn.Module, saved: SavedAdapter, spec: MLLMSpec | None) -> Ho
         check_base(saved, parts)
         with torch.device("meta"):
             projector = parts.projector
-            if saved.projector is not None:
+            if saved.projector is not None and saved.projector != describe_projector(projector):
                 projector = _projector(parts, saved.projector)
             modules: dict[str, nn.Module] = {"projector": projector} if isinstance(projector, Projector) else {}
             config, tap = plan(dataclasses.replace(parts, projector=projector), saved.config)

@@ -19,7 +19,7 @@ EVEN: tuple[Grid, Grid] = ((4, 6), (8, 12))
 UNEVEN: tuple[Grid, Grid] = ((4, 5), (7, 9))
 
 # What these add to a token is the same whatever the token holds.
-BLIND = {name for name, kind in INTERACTIONS.items() if not getattr(kind, "reads_tokens", True)}
+BLIND = {name for name, kind in INTERACTIONS.items() if not kind.reads_tokens}
 
 every_interaction = pytest.mark.parametrize("name", INTERACTIONS)
 every_pair_of_grids = pytest.mark.parametrize("grids", [EVEN, UNEVEN], ids=["even", "uneven"])

@@ -58,7 +58,7 @@ def test_the_default_is_an_exact_identity(
     assert torch.equal(output, arguments["tokens"])
 
 
-@every_interaction
+@pytest.mark.parametrize("interaction", [name for name, kind in INTERACTIONS.items() if kind.reads_tokens])
 def test_the_paper_preset_is_no_identity(interaction: str) -> None:
     torch.manual_seed(0)
     config = VisionRememberConfig.from_preset("paper", interaction=interaction)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from vision_remember.config import VisionRememberConfig
 from vision_remember.grid import Grid
-from vision_remember.interactions import SELA, TokenMixer, build_interaction, interaction_options
-from vision_remember.interactions.bank import lay_side_by_side
+from vision_remember.interactions import INTERACTIONS, SELA, TokenMixer, build_interaction, interaction_options
+from vision_remember.interactions.bank import lay_side_by_side, save_apart
 from vision_remember.interactions.levels import Features, are_features
 from vision_remember.interactions.token_mixer import TokenMixerKind
 
@@ -48,7 +48,9 @@ class VisionRemember(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(query_dim, eps=_NORM_EPS)
+        # A weight that nothing depends on would stop distributed training, which waits for its gradient.
+        reads = INTERACTIONS[interaction].reads_tokens
+        self.norm = nn.RMSNorm(query_dim, eps=_NORM_EPS) if reads else nn.Identity()
         self.interaction = build_interaction(interaction, query_dim, feature_dim, **options)
         self.token_mixer: TokenMixer | None = None
         if token_mixer is not None:
@@ -224,7 +226,8 @@ class VisionRemember(nn.Module):
         return self._cast(features) if isinstance(features, Tensor) else [self._cast(level) for level in features]
 
     def _cast(self, x: Tensor) -> Tensor:
-        return x.to(self.norm.weight.dtype)
+        own = self.norm.weight if isinstance(self.norm, nn.RMSNorm) else next(self.parameters())
+        return x.to(own.dtype)
 
 
 def prepare_together(
@@ -279,6 +282,9 @@ def lay_weights_side_by_side(blocks: Sequence[VisionRemember]) -> None:
     own = [block.interaction.bankable if type(block.interaction) is SELA else [] for block in blocks]
     if all(own):
         lay_side_by_side([weight for weights in own for weight in weights])
+        for block in blocks:
+            for linear in (block.interaction.vr_key, block.interaction.vr_value):
+                linear.register_state_dict_post_hook(save_apart)  # type: ignore[operator, union-attr]
 
 
 def _reader_at_hand(block: nn.Module, device: torch.device) -> SELA | None:

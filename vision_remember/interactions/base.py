@@ -25,9 +25,11 @@ class Interaction(nn.Module, Generic[P]):
 
     Attributes:
         local: whether a token's place decides what it reads.
+        reads_tokens: whether what a token holds decides what it gets.
     """
 
     local: ClassVar[bool] = True
+    reads_tokens: ClassVar[bool] = True
 
     def __init__(self, query_dim: int, feature_dim: int, level_dims: Sequence[int] | None = None) -> None:
         super().__init__()
