@@ -197,7 +197,8 @@ def check_weights(saved: SavedAdapter, modules: dict[str, nn.Module]) -> dict[st
     Raises:
         ValueError: missing, extra or misshapen tensors, or such as hold no real numbers; the message names them.
     """
-    targets = {f"{prefix}.{n}": t for prefix, module in modules.items() for n, t in module.state_dict().items()}
+    states = {prefix: module.state_dict(keep_vars=True) for prefix, module in modules.items()}
+    targets = {f"{prefix}.{name}": tensor for prefix, state in states.items() for name, tensor in state.items()}
     problems = [f"missing {name}" for name in targets if name not in saved.tensors]
     problems += [f"unexpected {name}" for name in saved.tensors if name not in targets]
     problems += [

@@ -278,3 +278,20 @@ def test_what_is_prepared_ahead_is_bit_for_bit_what_blocks_prepare(options: dict
     assert all(made is None for made in prepared) == (options.get("interaction") == "global")
     if learning and prepared[0] is not None:
         assert prepared[0] is prepared[1], "the cells in their order are made once"
+
+
+def test_banked_weights_are_saved_as_tensors_of_their_own() -> None:
+    """Safetensors, and all that writes by it, takes tensors of one storage for one and the same."""
+    blocks = [VisionRemember(16, 24, num_levels=3) for _ in range(2)]
+    lay_weights_side_by_side(blocks)
+    module = nn.ModuleList(blocks)
+    keys = [module.get_parameter(f"{index}.interaction.vr_key.weight") for index in range(2)]
+    assert keys[0].untyped_storage().data_ptr() == keys[1].untyped_storage().data_ptr()
+    state = module.state_dict()
+    storages = [tensor.untyped_storage() for tensor in state.values()]
+    assert len({storage.data_ptr() for storage in storages}) == len(storages)
+    assert all(storage.nbytes() == tensor.nbytes for storage, tensor in zip(storages, state.values(), strict=True))
+    assert all(torch.equal(tensor, module.get_parameter(name)) for name, tensor in state.items())
+    module.load_state_dict({name: tensor + 1 for name, tensor in state.items()})
+    assert torch.equal(keys[0], state["0.interaction.vr_key.weight"] + 1)
+    assert module.state_dict(keep_vars=True)["0.interaction.vr_key.weight"] is keys[0]

@@ -97,7 +97,8 @@ def sources() -> dict[str, Path]:
     files = {}
     for package, folder in FOLDERS.items():
         for path in folder.rglob("*"):
-            if path.is_file() and not path.is_symlink() and "__pycache__" not in path.parts:
+            measured = path.is_relative_to(ROOT / "benchmarks" / "results")  # for readers of the repository
+            if path.is_file() and not path.is_symlink() and "__pycache__" not in path.parts and not measured:
                 files[str(PurePosixPath(*package.split("."), *path.relative_to(folder).parts))] = path
     files.pop("vision_remember/adapters", None)  # the link, where git wrote it as a text file
     return files

@@ -283,8 +283,8 @@ def lay_weights_side_by_side(blocks: Sequence[VisionRemember]) -> None:
     if all(own):
         lay_side_by_side([weight for weights in own for weight in weights])
         for block in blocks:
-            for linear in (block.interaction.vr_key, block.interaction.vr_value):
-                linear.register_state_dict_post_hook(save_apart)  # type: ignore[operator, union-attr]
+            for name in ("vr_key", "vr_value"):
+                block.interaction.get_submodule(name).register_state_dict_post_hook(save_apart)
 
 
 def _reader_at_hand(block: nn.Module, device: torch.device) -> SELA | None:

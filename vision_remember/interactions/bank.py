@@ -21,8 +21,9 @@ def save_apart(module: nn.Module, state: dict[str, Any], prefix: str, metadata: 
     What writes files, safetensors above all, takes tensors of one storage for one and the same.
     """
     weight = state.get(f"{prefix}weight")
-    own = isinstance(weight, nn.Parameter) or weight is None
-    if not own and weight.untyped_storage().nbytes() > weight.nbytes:
+    if not isinstance(weight, Tensor) or isinstance(weight, nn.Parameter):
+        return
+    if weight.untyped_storage().nbytes() > weight.nbytes:
         state[f"{prefix}weight"] = weight.clone()
 
 
