@@ -93,12 +93,12 @@ def copy_of_sources(target: Path, *, with_link: bool = True) -> Path:
 
 
 def sources() -> dict[str, Path]:
-    """Every file of the packages on disk, by the name it has in a wheel."""
+    """Every file of the packages on disk, by the name it has in a wheel; what benchmarks measured is not shipped."""
     files = {}
     for package, folder in FOLDERS.items():
         for path in folder.rglob("*"):
-            measured = path.is_relative_to(ROOT / "benchmarks" / "results")  # for readers of the repository
-            if path.is_file() and not path.is_symlink() and "__pycache__" not in path.parts and not measured:
+            inside = path.relative_to(folder).parts
+            if path.is_file() and not path.is_symlink() and not {"__pycache__", "results"} & set(inside):
                 files[str(PurePosixPath(*package.split("."), *path.relative_to(folder).parts))] = path
     files.pop("vision_remember/adapters", None)  # the link, where git wrote it as a text file
     return files
