@@ -23,7 +23,7 @@ OUTSIDE = {name: ROOT / name for name in ("examples", "benchmarks", "tests")}
 
 # the core's libraries, and those that one room may know besides them
 CORE_LIBRARIES = {"torch"}
-ROOM_LIBRARIES = {"vision_remember.ops": {"triton"}}
+ROOM_LIBRARIES = {"vision_remember.ops": {"triton"}, "vision_remember.synth": {"numpy"}}
 ADAPTER_LIBRARIES = {*CORE_LIBRARIES, "transformers", "safetensors", "huggingface_hub", "numpy"}
 
 # the two doors from the core to the adapters, opened when somebody knocks and not before
@@ -43,6 +43,7 @@ ARROWS = {
     "interactions": GROUND | {"ops"},
     "projectors": GROUND | {"ops"},
     "saliency": GROUND | {"ops"},
+    "synth": GROUND,
     "remember": GROUND | {"ops", "interactions"},
 }
 
