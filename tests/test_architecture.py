@@ -23,7 +23,10 @@ OUTSIDE = {name: ROOT / name for name in ("examples", "benchmarks", "tests")}
 
 # the core's libraries, and those that one room may know besides them
 CORE_LIBRARIES = {"torch"}
-ROOM_LIBRARIES = {"vision_remember.ops": {"triton"}, "vision_remember.synth": {"numpy"}}
+ROOM_LIBRARIES = {
+    "vision_remember.ops": {"triton"},
+    "vision_remember.synth": {"numpy", "PIL", "matplotlib", "skimage", "sklearn"},
+}
 ADAPTER_LIBRARIES = {*CORE_LIBRARIES, "transformers", "safetensors", "huggingface_hub", "numpy"}
 
 # the two doors from the core to the adapters, opened when somebody knocks and not before

@@ -7,7 +7,7 @@ from typing import Any
 
 from vision_remember.synth.base import Question, Task
 from vision_remember.synth.scene import TASKS, make_scene
-from vision_remember.synth.sources import need
+from vision_remember.synth.sources import needed
 
 
 def _with_options(question: Question, form: str) -> str:
@@ -85,11 +85,13 @@ def rows(
     """
     if n < 1:
         raise ValueError(f"n={n}: expected at least one scene")
-    entry, image = TASKS[task], need("PIL.Image")
+    with needed():
+        from PIL import Image
+    entry = TASKS[task]
     answer: list[dict[str, Any]] = []
     for index in range(n):
         scene = make_scene(task, index, split=split, level=level, grid=grid, cell=cell, seed=seed)
-        picture = image.fromarray(scene.image)
+        picture: Any = Image.fromarray(scene.image)
         if png:
             file = io.BytesIO()
             picture.save(file, "PNG")

@@ -5,7 +5,8 @@ Nothing is downloaded. The libraries are imported when a page needs them.
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,27 +22,26 @@ PHOTOS = {
 TABLES = ("load_iris", "load_wine", "load_breast_cancer", "load_diabetes", "load_linnerud")
 
 
-def need(module: str) -> Any:
-    """Imports an optional module.
-
-    Raises:
-        ImportError: it is not installed; the message names the extra that brings it.
-    """
+@contextmanager
+def needed() -> Iterator[None]:
+    """Around the import of an optional library: says which extra brings it."""
     try:
-        return importlib.import_module(module)
+        yield
     except ImportError as error:
         raise ImportError(
-            f"vision_remember.synth renders with {module.split('.')[0]!r}, which cannot be imported ({error}): "
-            "pip install 'vision-remember[synth]'"
+            f"vision_remember.synth cannot import what it renders with ({error}): pip install 'vision-remember[synth]'"
         ) from error
 
 
 @cache
 def photo(name: str) -> NDArray[np.uint8]:
     """A photograph, (H, W, 3); names that end in .jpg are scikit-learn's, the others scikit-image's."""
+    with needed():
+        from skimage import data
+        from sklearn import datasets
     if name.endswith(".jpg"):
-        return np.asarray(need("sklearn.datasets").load_sample_image(name), np.uint8)
-    return np.asarray(getattr(need("skimage.data"), name)(), np.uint8)
+        return np.asarray(datasets.load_sample_image(name), np.uint8)
+    return np.asarray(getattr(data, name)(), np.uint8)
 
 
 @cache
@@ -70,18 +70,21 @@ def crop(name: str, top: int, left: int, size: int) -> NDArray[np.uint8]:
 @cache
 def handwriting(split: str, digit: int, height: int, width: int) -> NDArray[np.uint8]:
     """Handwritten digits as coverage in 0..255, (samples, height, width); the two splits share no sample."""
-    image = need("PIL.Image")
-    digits = need("sklearn.datasets").load_digits()
+    with needed():
+        from PIL import Image
+        from sklearn.datasets import load_digits
+    digits = load_digits()
     samples = digits.images[digits.target == digit][int(split == "test") :: 2]
     ink = (samples.clip(0, 16) * (255 / 16)).astype(np.uint8)
-    scaled = [image.fromarray(one).resize((width, height), image.Resampling.BOX) for one in ink]
+    scaled = [Image.fromarray(one).resize((width, height), Image.Resampling.BOX) for one in ink]
     return np.stack([np.asarray(one, np.uint8) for one in scaled])
 
 
 @cache
 def table_columns() -> tuple[tuple[float, ...], ...]:
     """The columns of real tables, each scaled to 0..1 between its smallest and largest value."""
-    datasets = need("sklearn.datasets")
+    with needed():
+        from sklearn import datasets
     columns = []
     for name in TABLES:
         options = {"scaled": False} if name == "load_diabetes" else {}
@@ -95,5 +98,8 @@ def table_columns() -> tuple[tuple[float, ...], ...]:
 @cache
 def font(name: str, size: int) -> Any:
     """A typeface that matplotlib brings along."""
-    folder = Path(need("matplotlib").get_data_path()) / "fonts" / "ttf"
-    return need("PIL.ImageFont").truetype(str(folder / f"{name}.ttf"), size)
+    with needed():
+        import matplotlib
+        from PIL import ImageFont
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return ImageFont.truetype(str(folder / f"{name}.ttf"), size)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vision_remember.synth.labels import BLANK, COLOURS, DIGITS, DIRECTIONS, LABELS, LETTERS, PARTS, PHOTO
-from vision_remember.synth.sources import font, need
+from vision_remember.synth.sources import font, needed
 
 FACES = ("DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold", "STIXGeneralBol")
 RGB = {
@@ -47,12 +47,13 @@ class Tiles:
 
 def _glyph(character: str, face: str, height: int, width: int) -> NDArray[np.uint8]:
     """Coverage of a character that fills (height, width)."""
-    image, drawing = need("PIL.Image"), need("PIL.ImageDraw")
+    with needed():
+        from PIL import Image, ImageDraw
     letter = font(face, 64)
     left, top, right, bottom = letter.getbbox(character.upper())
-    large = image.new("L", (math.ceil(right - left), math.ceil(bottom - top)))
-    drawing.Draw(large).text((-left, -top), character.upper(), fill=255, font=letter)
-    return np.asarray(large.resize((width, height), image.Resampling.BOX), np.uint8)
+    large = Image.new("L", (math.ceil(right - left), math.ceil(bottom - top)))
+    ImageDraw.Draw(large).text((-left, -top), character.upper(), fill=255, font=letter)
+    return np.asarray(large.resize((width, height), Image.Resampling.BOX), np.uint8)
 
 
 def _outline(name: str, draw: Any, colour: tuple[int, int, int], s: float) -> None:
@@ -100,10 +101,11 @@ def _outline(name: str, draw: Any, colour: tuple[int, int, int], s: float) -> No
 
 def _drawn(name: str, colour: tuple[int, int, int], side: int) -> NDArray[np.uint8]:
     """(side, side, 4) of an outlined figure."""
-    image, drawing = need("PIL.Image"), need("PIL.ImageDraw")
-    large = image.new("RGBA", (side * OVERSAMPLING,) * 2, (*colour, 0))
-    _outline(name, drawing.Draw(large), colour, side * OVERSAMPLING - 1)
-    return np.asarray(large.resize((side, side), image.Resampling.BOX), np.uint8)
+    with needed():
+        from PIL import Image, ImageDraw
+    large = Image.new("RGBA", (side * OVERSAMPLING,) * 2, (*colour, 0))
+    _outline(name, ImageDraw.Draw(large), colour, side * OVERSAMPLING - 1)
+    return np.asarray(large.resize((side, side), Image.Resampling.BOX), np.uint8)
 
 
 def _cellwise(name: str, cell: int) -> NDArray[np.uint8] | None:

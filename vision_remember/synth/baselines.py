@@ -1,0 +1,133 @@
+"""What can be answered without seeing the page, or with pooled cells that hold a bag of what they cover."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vision_remember.synth.base import Question
+from vision_remember.synth.page import Draw, Sheet
+from vision_remember.synth.scene import TASKS, draw_page
+
+ENOUGH = 16  # arrangements that tell an answer; more change no majority that matters
+MOST_TRIES = 400
+
+
+@dataclass(frozen=True)
+class Blind:
+    """Accuracies in 0..1 without an image.
+
+    Attributes:
+        chance: one of the choices at random, or one of the answers that the question had in the training set.
+        blind: the most frequent answer that the question had in the training set.
+    """
+
+    chance: float
+    blind: float
+
+
+def _questions(task: str, split: str, level: str, grid: int, scenes: int) -> list[Question]:
+    return [
+        question
+        for index in range(scenes)
+        for question in draw_page(task, index, split=split, level=level, grid=grid)[1]
+    ]
+
+
+def blind_accuracy(task: str, *, level: str = "medium", grid: int = 12, scenes: int = 1000) -> Blind:
+    """The best constant answer to each question, counted on training scenes and scored on as many test scenes."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    overall: Counter[str] = Counter()
+    for question in _questions(task, "train", level, grid, scenes):
+        answers[question.text][question.answer] += 1
+        overall[question.answer] += 1
+    chances, hits = [], []
+    for question in _questions(task, "test", level, grid, scenes):
+        known = answers.get(question.text, overall)
+        chances.append(1 / len(question.choices or known))
+        # a choice that is not offered is no answer
+        offered = {answer: count for answer, count in known.items() if answer in (question.choices or known)}
+        guess = max(sorted(offered), key=lambda answer: offered[answer]) if offered else ""
+        hits.append(guess == question.answer)
+    return Blind(float(np.mean(chances)), float(np.mean(hits)))
+
+
+def pooled_groups(grid: int, unit: int, pool: int) -> list[NDArray[np.int64]]:
+    """Slots that a bag of cells cannot tell apart.
+
+    Two slots may change places without changing any bag if each pooled cell covers as much of the one as of the other.
+
+    Args:
+        grid: cells along the side of the page.
+        unit: cells along the side of a slot.
+        pool: cells along the side of a pooled cell.
+
+    Returns:
+        The groups with more than one slot, as indices into the slots in raster order.
+    """
+    slots = grid // unit
+    sides = [tuple(cell // pool for cell in range(slot * unit, (slot + 1) * unit)) for slot in range(slots)]
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
+    for slot in range(slots**2):
+        row, column = divmod(slot, slots)
+        groups[sides[row], sides[column]].append(slot)
+    return [np.array(group) for group in groups.values() if len(group) > 1]
+
+
+def rearrange(
+    labels: NDArray[np.int16], unit: int, groups: list[NDArray[np.int64]], rng: np.random.Generator
+) -> NDArray[np.int16]:
+    """A random page with the same bags: slots change places within their groups."""
+    slots = len(labels) // unit
+    order = np.arange(slots**2)
+    for group in groups:
+        order[group] = rng.permutation(group)
+    cut = labels.reshape(slots, unit, slots, unit).transpose(0, 2, 1, 3).reshape(slots**2, unit, unit)
+    return cut[order].reshape(slots, slots, unit, unit).transpose(0, 2, 1, 3).reshape(labels.shape)
+
+
+def bag_accuracy(
+    task: str, pool: int, *, level: str = "medium", grid: int = 12, scenes: int = 40, questions: int = 4, seed: int = 0
+) -> float:
+    """Accuracy of the best answer if each pooled cell is only the bag of its cells' contents.
+
+    Pages with the same bags are sampled by moving contents inside pooled cells, and asked again; the most frequent
+    answer counts. Arrangements that do not tell an answer, such as a bar in mid-air, are no pages. Where no sampled
+    arrangement is a page, the true one is the only candidate and counts as right.
+
+    Args:
+        task: an entry of ``TASKS``.
+        pool: cells along the side of a pooled cell.
+        level, grid: as in ``make_scene``.
+        scenes: test scenes to ask about.
+        questions: of each scene at most.
+        seed: of the arrangements.
+
+    Returns:
+        In 0..1; where several answers are equally frequent, their share.
+    """
+    if not 1 <= pool <= grid:
+        raise ValueError(f"pool={pool}: a pooled cell is 1 to {grid} cells wide here")
+    rng, solve = np.random.default_rng(seed), TASKS[task].solve
+    scores = []
+    for index in range(scenes):
+        page, asked = draw_page(task, index, split="test", level=level, grid=grid)
+        groups = pooled_groups(grid, page.unit, pool)
+        asked = tuple(Draw("bag", index).shuffled(asked)[:questions])
+        votes: list[Counter[str]] = [Counter() for _ in asked]
+        for _ in range(MOST_TRIES if groups else 1):
+            sheet = Sheet(rearrange(page.labels, page.unit, groups, rng), level)
+            for question, vote in zip(asked, votes, strict=True):
+                answer = solve(sheet, question)
+                if answer is not None:
+                    vote[answer] += 1
+            if min(sum(vote.values()) for vote in votes) >= ENOUGH:
+                break
+        for question, vote in zip(asked, votes, strict=True):
+            best = max(vote.values(), default=0)
+            winners = [answer for answer, count in vote.items() if count == best] or [question.answer]
+            scores.append((question.answer in winners) / len(winners))
+    return float(np.mean(scores))
