@@ -20,9 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=2, help="how many, from 0 (default: %(default)s)")
     parser.add_argument("--level", choices=list(LEVELS), default="cpu", help="how large (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side (default: %(default)s)")
-    parser.add_argument(
-        "--results", type=Path, help="file of JSON lines (default: benchmarks/results/proof_LEVEL.jsonl)"
-    )
+    parser.add_argument("--results", type=Path, help="JSON lines (default: benchmarks/results/proof_LEVEL.jsonl)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="pages, encoder and decoder (default: %(default)s)")
     options = parser.parse_args(arguments)
     suites = list(SUITES) if "all" in options.suite else options.suite

@@ -15,9 +15,9 @@ from .words import IMAGE, PAD, Streams, masks
 
 EMBEDDING_STD = 0.25
 
-# The first decoder layer sees its neighbourhood only. Questions are short, and with full attention a small decoder reads
-# the page off in its very first layer, before any block between the layers has had its say. In a real language model the
-# first layers must put many words together before they look at the page.
+# The first decoder layer sees its neighbourhood only. Questions are short, and with full attention a small decoder
+# reads the page off in its very first layer, before any block between the layers has had its say. In a real language
+# model the first layers must put many words together before they look at the page.
 WINDOW = 8
 
 

@@ -73,11 +73,11 @@ def task_groups(names: Sequence[str]) -> dict[str, str]:
     return {name: TASKS[name].group for name in names}
 
 
-def build_words() -> Words:
+def build_words(level: Level) -> Words:
     """The vocabulary of all tasks."""
     from vision_remember.synth import vocabulary
 
-    return Words(vocabulary())
+    return Words(vocabulary(), level.shape.grid)
 
 
 def label_names() -> tuple[str, ...]:

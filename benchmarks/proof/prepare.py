@@ -37,7 +37,7 @@ class Workshop:
 
     def __init__(self, level: Level, folder: Path) -> None:
         self.level, self.folder = level, folder
-        self.words, self.labels, self.tasks = build_words(), label_names(), task_names(level)
+        self.words, self.labels, self.tasks = build_words(level), label_names(), task_names(level)
         self._cache = Cache(folder)
         self._base = {
             "pages": source_digest([Path(str(vision_remember.synth.__file__)).parent]),

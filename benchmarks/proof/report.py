@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..paper_tables import GROUPS, TABLE_2, TABLE_4, TABLE_5A, group_averages
+from benchmarks.paper_tables import GROUPS, TABLE_2, TABLE_4, TABLE_5A, group_averages
 from .arms import ArmSpec
 from .claims import CLAIMS, DETAIL, Claim
 from .figures import density_figure, forgetting_figure, pareto_figure
@@ -202,7 +202,7 @@ def written_part(results: Results) -> str:
     versions = results.lines[0]["versions"]
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts = [
-        f"Level `{results.level.name}`, seeds {', '.join(map(str, results.seeds))}, {len(results.lines)} lines; {said}.",
+        f"Level `{results.level.name}`, seeds {results.seeds}, {len(results.lines)} lines; {said}.",
         "## What became of the paper's claims",
         "\n".join(claim_rows(results)),
         "## How much of the loss comes back",

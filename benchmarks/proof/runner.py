@@ -121,14 +121,14 @@ def _run_jobs(wanted: Sequence[Job], level: Level, folder: Path, results: Path, 
     done = {line["key"] for line in read_lines(results)}
     left = [job for job in wanted if job.key(level) not in done]
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(left), desc="runs", dynamic_ncols=True)
-    with bar, results.open("a", encoding="utf-8") as file:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            running = {pool.submit(run_job, job, level, folder): job for job in left}
-            for future in as_completed(running):
-                file.write(json.dumps(future.result()) + "\n")
-                file.flush()
-                bar.update()
-                bar.set_postfix_str(f"{running[future].spec.name}, seed {running[future].seed}")
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+    with bar, results.open("a", encoding="utf-8") as file, pool:
+        running = {pool.submit(run_job, job, level, folder): job for job in left}
+        for future in as_completed(running):
+            file.write(json.dumps(future.result()) + "\n")
+            file.flush()
+            bar.update()
+            bar.set_postfix_str(f"{running[future].spec.name}, seed {running[future].seed}")
 
 
 @cache

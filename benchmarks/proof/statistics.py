@@ -10,6 +10,7 @@ from typing import Any, Literal
 from scipy import stats
 
 Verdict = Literal["holds", "does not hold", "the opposite holds", "undecided"]
+Lines = Sequence[Mapping[str, Any]]
 _ALPHA = 0.05
 
 
@@ -86,8 +87,7 @@ def compared(
     return Comparison(statistics.fmean(differences), p, len(differences))
 
 
-def recovered(lines: Sequence[Mapping[str, Any]], pooled: Sequence[Mapping[str, Any]], whole: Sequence[Mapping[str, Any]],
-              tasks: Sequence[str]) -> Mean:  # fmt: skip
+def recovered(lines: Lines, pooled: Lines, whole: Lines, tasks: Sequence[str]) -> Mean:
     """Share of what pooling loses on some tasks that an arm wins back, in per cent, over the seeds that all have.
 
     Args:
@@ -96,8 +96,9 @@ def recovered(lines: Sequence[Mapping[str, Any]], pooled: Sequence[Mapping[str, 
         whole: Those without compression.
         tasks: Over which accuracies are averaged.
     """
-    scores = [{line["seed"]: statistics.fmean(line["test"][task] for task in tasks) for line in arm}
-              for arm in (lines, pooled, whole)]  # fmt: skip
-    mine, low, high = scores
+    mine, low, high = (
+        {line["seed"]: statistics.fmean(line["test"][task] for task in tasks) for line in arm}
+        for arm in (lines, pooled, whole)
+    )
     seeds = sorted(mine.keys() & low.keys() & high.keys())
     return mean_of([100 * (mine[seed] - low[seed]) / (high[seed] - low[seed]) for seed in seeds])

@@ -64,8 +64,8 @@ class PageCode(nn.Module):
 class Lookup:
     """Pages of random characters, and what stands in a cell: the first thing that the decoder learns.
 
-    Begins with a few tokens of a page and doubles their number whenever the decoder reads them; then tokens that hold more
-    cells are met in the same way. With whole pages at once nothing is learned in thousands of steps.
+    Begins with a few tokens of a page and doubles their number whenever the decoder reads them; then tokens that hold
+    more cells are met in the same way. With whole pages at once nothing is learned in a thousand steps.
 
     Args:
         labels: Names of the labels.
@@ -77,7 +77,7 @@ class Lookup:
         named = [(index, name.split()[-1]) for index, name in enumerate(labels) if len(name.split()[-1]) == 1]
         self.labels = torch.tensor([index for index, _ in named])
         self.words = torch.tensor([words.number(name) for _, name in named])
-        self.cell, self.grid = words.cell(), grid
+        self.first_cell, self.grid = words.first_cell, grid
         self.read: list[int] = []
         self.shown, self._recent = FIRST_TOKENS, [0.0]
 
@@ -111,7 +111,9 @@ class Lookup:
         row, column = token // side * cells + inside // cells, token % side * cells + inside % cells
         asked = row * self.grid + column
         branch = torch.arange(LOOKUPS).expand(batch, -1)
-        streams = Streams(self.cell + asked, branch, torch.zeros_like(branch), self.words[chosen.gather(1, asked)])
+        streams = Streams(
+            self.first_cell + asked, branch, torch.zeros_like(branch), self.words[chosen.gather(1, asked)]
+        )
         return self.labels[chosen].view(batch, self.grid, self.grid), order, streams
 
 
@@ -137,7 +139,7 @@ def pretrain_decoder(
     decoder = model.model.language_model
     grid = pages.labels.shape[1]
     with torch.no_grad():  # a cell's name starts from its place
-        start = words.cell()
+        start = words.first_cell
         decoder.embed_tokens.weight[start : start + grid**2] = places.table()
     code = PageCode(decoder.embed_tokens, places, labels, words, grid)
     trained = nn.ModuleList([decoder, model.lm_head, code]).to(device)
@@ -160,7 +162,9 @@ def pretrain_decoder(
             vision = code(drawn.to(device), cells)
             vision = vision.gather(1, shown.to(device)[..., None].expand(-1, -1, vision.shape[2]))
         else:
-            batch = torch.randint(len(pages), (recipe.batch,), generator=generator)
+            # Pages of single cells are four times as long as the next.
+            count = recipe.batch // 2 if cells == 1 else recipe.batch
+            batch = torch.randint(len(pages), (count,), generator=generator)
             vision, streams = code(pages.labels[batch].to(device), cells), pages.streams[batch]
         logits, truth = answer_logits(model, vision, streams.to(device))
         loss = F.cross_entropy(logits, truth)

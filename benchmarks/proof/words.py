@@ -25,7 +25,7 @@ class Words:
         grid: Rows and columns that a question can name.
     """
 
-    def __init__(self, vocabulary: Sequence[str], grid: int = 12) -> None:
+    def __init__(self, vocabulary: Sequence[str], grid: int) -> None:
         self.grid = grid
         cells = [f"row {row} column {column}" for row in range(1, grid + 1) for column in range(1, grid + 1)]
         self.names = (*SPECIALS, *cells, *vocabulary)
@@ -47,9 +47,10 @@ class Words:
             raise ValueError(f"{word!r} is not among the {len(self.names)} words of the vocabulary")
         return self._numbers[word]
 
-    def cell(self, row: int = 0, column: int = 0) -> int:
-        """The number of the word that names a cell, counted from 0."""
-        return len(SPECIALS) + row * self.grid + column
+    @property
+    def first_cell(self) -> int:
+        """The number of the word that names the first cell; the others follow in raster order."""
+        return len(SPECIALS)
 
     def question(self, text: str) -> list[int]:
         """A question's tokens, without the words that say nothing."""
