@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper_tables import GROUPS, TABLE_2, TABLE_4, TABLE_5A, group_averages
+
 from .arms import ArmSpec
 from .claims import CLAIMS, DETAIL, Claim
 from .figures import density_figure, forgetting_figure, pareto_figure
@@ -52,9 +53,10 @@ class Results:
     Args:
         path: The file.
         level: Its level.
+        tuned: Whether it holds the runs that table 4b's rates are chosen from.
     """
 
-    def __init__(self, path: Path, level: Level) -> None:
+    def __init__(self, path: Path, level: Level, *, tuned: bool = True) -> None:
         self.path, self.level = path, level
         self.lines = read_lines(path)
         self.number = {line["key"]: number for number, line in enumerate(self.lines, 1)}
@@ -62,7 +64,7 @@ class Results:
         seeds = sorted({line["seed"] for line in self.lines if line["seed"] < TUNING_SEED})
         known = {line["key"]: line for line in self.lines}
         self.suites: dict[str, list[ArmSpec]] = {
-            name: tuned_arms(level, path) if name == "table4b" else arms for name, arms in SUITES.items()
+            name: tuned_arms(level, path) if tuned and name == "table4b" else arms for name, arms in SUITES.items()
         }
         for arm in (arm for arms in self.suites.values() for arm in arms):
             if arm.name not in self.by_arm:
