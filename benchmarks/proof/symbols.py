@@ -7,6 +7,7 @@ A page is written as one vector per vision token that names the labels of the ce
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ from .pages import Pages
 from .words import Streams, Words
 
 FIRST_TOKENS, LOOKUPS, ENOUGH = 6, 24, 0.85
+FIRST_SHARE, DOUBLE_AFTER = 0.1, 80
 
 SIDES = {1: 0.25, 2: 0.35, 3: 0.2, 4: 0.2}
 """Cells per side of a token, and how often a step is written so."""
@@ -48,7 +50,7 @@ class PageCode(nn.Module):
             for index, name in enumerate(labels):
                 known = [words.number(word) for word in name.replace("_", " ").lower().split() if word in words]
                 if known:
-                    self.label[index] += embed.weight[known].mean(0)
+                    self.label[index] += embed.weight[known].sum(0)
         for cells in SIDES:
             turns = torch.eye(width)[None] if cells == 1 else torch.linalg.qr(torch.randn(cells**2, width, width)).Q
             self.register_buffer(f"turns_{cells}", turns)
@@ -117,6 +119,20 @@ class Lookup:
         return self.labels[chosen].view(batch, self.grid, self.grid), order, streams
 
 
+def task_tokens(step: int, cells: int, grid: int) -> int:
+    """How many tokens of a task's page are shown at a step: few at first, in the end all."""
+    tokens = (grid // cells) ** 2
+    return min(tokens, math.ceil(tokens * FIRST_SHARE * 2 ** (step // DOUBLE_AFTER)))
+
+
+def written_first(labels: Tensor, cells: int, count: int, generator: torch.Generator) -> Tensor:
+    """(B, count) tokens of pages (B, grid, grid), in order; those that hold something before those that hold nothing."""
+    side = labels.shape[1] // cells
+    written = (labels > 1).view(-1, side, cells, side, cells).any(4).any(2).flatten(1)
+    draw = torch.rand(written.shape, generator=generator) - written.float()
+    return draw.argsort(1)[:, :count].sort(1).values
+
+
 def pretrain_decoder(
     model: LlavaForConditionalGeneration,
     places: TokenPlaces,
@@ -147,6 +163,7 @@ def pretrain_decoder(
     recent: dict[str, list[tuple[float, float]]] = {}
     curve: dict[str, list[tuple[int, float, float]]] = {}
     turn = itertools.count()
+    steps_on_tasks = dict.fromkeys(SIDES, 0)
 
     def loss_of_step() -> Tensor:
         learning, number = lookup.next, next(turn)
@@ -166,6 +183,11 @@ def pretrain_decoder(
             count = recipe.batch // 2 if cells == 1 else recipe.batch
             batch = torch.randint(len(pages), (count,), generator=generator)
             vision, streams = code(pages.labels[batch].to(device), cells), pages.streams[batch]
+            shown = written_first(
+                pages.labels[batch], cells, task_tokens(steps_on_tasks[cells], cells, grid), generator
+            )
+            vision = vision.gather(1, shown.to(device)[..., None].expand(-1, -1, vision.shape[2]))
+            steps_on_tasks[cells] += 1
         logits, truth = answer_logits(model, vision, streams.to(device))
         loss = F.cross_entropy(logits, truth)
         accuracy = (logits.argmax(-1) == truth).float().mean().item()
