@@ -30,7 +30,7 @@ class Cache:
 
     def get(self, name: str, key: dict[str, Any], make: Callable[[], Any], on_hit: Callable[[], None]) -> Any:
         """The kept result, or a new one, which is then kept. Results are tensors and plain data in dicts and lists."""
-        path = self._path(name, key)
+        path = self.path(name, key)
         if path.exists():
             on_hit()
             return torch.load(path, weights_only=True)
@@ -40,7 +40,8 @@ class Cache:
         unfinished.replace(path)
         return result
 
-    def _path(self, name: str, key: dict[str, Any]) -> Path:
+    def path(self, name: str, key: dict[str, Any]) -> Path:
+        """Where the result of a name and key is kept."""
         known = {**key, "torch": torch.__version__, "transformers": transformers.__version__}
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
         words = "".join(letter if letter.isalnum() else " " for letter in name).split()

@@ -1,0 +1,88 @@
+"""What the paper claims, as comparisons between arms that the runs decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DETAIL = "OCR & Chart"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One arm is better than another.
+
+    Attributes:
+        text: In words.
+        where: Where the paper says so, with its numbers.
+        suite: The suite that decides.
+        better: Name of the arm that is claimed to be better.
+        worse: The other.
+        group: On which tasks; None for all.
+    """
+
+    text: str
+    where: str
+    suite: str
+    better: str
+    worse: str
+    group: str | None = None
+
+
+SELA, BASE, LAST = "+ SELA (default preset)", "baseline (average pool)", "+ resample (deformable, last level)"
+
+CLAIMS = (
+    Claim("Pooling loses detail", "Table 5a: 47.5 to 44.8", "table5a", "no compression", "pooled 1/4"),
+    Claim("Vision Remember wins it back", "Table 5a: 44.8 to 47.1", "table5a", "pooled 1/4 + VR", "pooled 1/4"),
+    Claim(
+        "The gain is on text and charts", "Table 4a: 39.7 to 45.7", "table5a", "pooled 1/4 + VR", "pooled 1/4", DETAIL
+    ),
+    Claim(
+        "It is no loss on the other groups",
+        "Table 4a: all groups level or up",
+        "table5a",
+        "pooled 1/4 + VR",
+        "pooled 1/4",
+        "General",
+    ),
+    Claim("It helps average pooling", "Table 2: +2.3", "table2", "average pool + VR", "average pool"),
+    Claim("It helps PixelShuffle", "Table 2: +2.5", "table2", "PixelShuffle + VR", "PixelShuffle"),
+    Claim("It helps deformable pooling", "Table 2: +2.2", "table2", "deformable + VR", "deformable"),
+    Claim("It helps LDPv2", "Table 2: +2.6", "table2", "LDPv2 + VR", "LDPv2"),
+    Claim("It helps TokenPacker", "not in Table 2", "table2", "TokenPacker + VR", "TokenPacker"),
+    Claim("Resampling helps", "Table 4a: +0.4", "table4a", LAST, BASE),
+    Claim("Several levels help", "Table 4a: +0.8", "table4a", "+ multi-level", LAST),
+    Claim("SELA helps over deformable attention", "Table 4a: +1.0", "table4a", SELA, "+ multi-level"),
+    Claim("Saliency helps SELA", "never isolated", "table4a", SELA, "window position alone"),
+    Claim("Saliency alone helps", "never isolated", "table4a", "saliency alone", "neither saliency nor position"),
+    Claim("The start on one cell per head helps", "not in the paper", "table4a", SELA, "saliency alone"),
+    Claim("A zero output is better than a zero gate", "not in the paper", "table4a", SELA, "zero gate"),
+    Claim(
+        "Our default is better than the paper as printed", "not in the paper", "table4a", SELA, "the paper as printed"
+    ),
+    Claim("SELA beats deformable attention", "Table 4b: 47.1 to 46.1", "table4b", "SELA", "deformable attention"),
+    Claim(
+        "Deformable attention beats global",
+        "Table 4b: 46.1 to 36.7",
+        "table4b",
+        "deformable attention",
+        "global attention",
+    ),
+    Claim("Global attention hurts", "Tables 4a, 4b: 44.8 to 36.7", "table4b", BASE, "global attention"),
+    Claim("A second block helps", "Table 4c: 46.8 to 47.1", "table4c", "1, 4", "1"),
+    Claim("A third block hurts", "Table 4c: 47.1 to 46.0", "table4c", "1, 4", "1, 4, 7"),
+    Claim("Early blocks beat late ones", "section 5.4, in words", "table4c", "1", "7"),
+    Claim(
+        "The gain is not that of more parameters",
+        "no such control",
+        "controls",
+        "pooled + VR",
+        "pooled + MLP of equal parameters",
+    ),
+    Claim(
+        "The gain is not that of more compute",
+        "no such control",
+        "controls",
+        "pooled + VR",
+        "pooled + MLP of equal compute",
+    ),
+)

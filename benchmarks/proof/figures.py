@@ -1,0 +1,76 @@
+"""The figures of the report."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from examples.demo.figures import STYLE
+
+from .claims import DETAIL
+
+if TYPE_CHECKING:
+    from .report import Results
+
+DENSITY_ARMS = ("no compression", "pooled 1/4", "pooled 1/9", "pooled 1/16", "pooled 1/4 + VR")
+FORGETTING_ARMS = ("pooled 1/4", "pooled 1/4 + VR")
+HIGHLIGHTED = ("no compression", "pooled 1/4", "pooled 1/4 + VR", "pooled 1/9 + VR", "pooled 1/9")
+
+
+def pareto_figure(results: Results) -> Figure:
+    """Accuracy on OCR & Chart against prefill time, an arm a point."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for name, lines in results.by_arm.items():
+            if not lines or not results.tasks(DETAIL):
+                continue
+            x = statistics.median(line["prefill_ratio"] for line in lines)
+            y, shown = results.mean(name, DETAIL), name in HIGHLIGHTED
+            colour = "#0b7a75" if "VR" in name else "#9aa5b1"
+            axes.errorbar(x, y.value, yerr=None, fmt="o", color=colour, markersize=6 if shown else 4)
+            if shown:
+                axes.annotate(name, (x, y.value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axes.set(xlabel="prefill time, to average pooling at 1/4", ylabel=f"{DETAIL}, test accuracy in %",
+                 title="What accuracy costs")  # fmt: skip
+        return figure
+
+
+def density_figure(results: Results) -> Figure:
+    """Attention density of vision tokens by decoder layer (eq. 1)."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for name in DENSITY_ARMS:
+            curves = [line["inside"]["density"] for line in results.by_arm[name]]
+            if curves:
+                mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+                axes.plot(range(len(mean)), mean, marker="o", markersize=3, label=name)
+        axes.axhline(1, color="#9aa5b1", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="decoder layer", ylabel="attention density", title="Who looks at vision tokens, layer by layer")
+        axes.legend()
+        return figure
+
+
+def forgetting_figure(results: Results) -> Figure:
+    """What a linear probe reads off the vision tokens in front of each layer."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for name in FORGETTING_ARMS:
+            found = [line["inside"]["forgetting"] for line in results.by_arm[name] if "forgetting" in line["inside"]]
+            for key, style in (("remembered", "-"), ("plain", "--")):
+                curves = [one[key] for one in found if key in one]
+                if curves:
+                    mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+                    label = f"{name}, blocks {'on' if key == 'remembered' else 'off'}"
+                    axes.plot(range(len(mean)), mean, style, marker="o", markersize=3, label=label)
+            if found:
+                axes.axhline(found[0]["commonest"], color="#9aa5b1", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="in front of decoder layer", ylabel="probe accuracy",
+                 title="What vision tokens still know of their first cell")  # fmt: skip
+        axes.legend()
+        return figure

@@ -1,0 +1,107 @@
+"""How large a proof is: every number that decides the results, besides the code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from examples.demo.schedule import Recipe
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the models.
+
+    Attributes:
+        grid: Encoder cells per side.
+        cell: Pixels per side of a cell, which is one patch.
+        vision_width: C, width of the encoder.
+        vision_layers: Its depth.
+        text_width: D, width of the decoder.
+        text_layers: Its depth.
+        heads: Attention heads of both.
+    """
+
+    grid: int = 12
+    cell: int = 8
+    vision_width: int = 96
+    vision_layers: int = 6
+    text_width: int = 128
+    text_layers: int = 8
+    heads: int = 4
+
+
+@dataclass(frozen=True)
+class Level:
+    """Everything that decides a proof's numbers.
+
+    Attributes:
+        name: What the command line calls it.
+        shape: Sizes of the models.
+        detail: The level of detail of the pages, as `vision_remember.synth` names it.
+        tasks: The tasks; empty for all.
+        text_tokens: Positions for the questions about one page; further questions are left out.
+        symbol_pages: Pages per task that the decoder is pretrained on, as symbols, never as pixels.
+        train_pages: Pages per task that encoder and arms train on.
+        validation_pages: Pages per task behind every choice and every curve.
+        test_pages: Pages per task behind the tables; no choice looks at them.
+        encoder: How the encoder is pretrained.
+        decoder: How the decoder is pretrained.
+        arm: How every arm is trained.
+        check_every: Steps between two points of a curve.
+        prefill_repeats: Timed forward passes per arm.
+        device: Where it runs.
+        threads: Threads of one process.
+        half: Whether matrix products run in bfloat16.
+    """
+
+    name: str
+    shape: Shape = field(default_factory=Shape)
+    detail: str = "medium"
+    tasks: tuple[str, ...] = ()
+    text_tokens: int = 48
+    symbol_pages: int = 2048
+    train_pages: int = 384
+    validation_pages: int = 16
+    test_pages: int = 48
+    encoder: Recipe = field(default_factory=lambda: Recipe(steps=400, batch=32))
+    decoder: Recipe = field(default_factory=lambda: Recipe(steps=2000, batch=32, warmup=100))
+    arm: Recipe = field(default_factory=lambda: Recipe(steps=200, batch=16))
+    check_every: int = 50
+    prefill_repeats: int = 15
+    device: str = "cpu"
+    threads: int = 1
+    half: bool = False
+
+
+CPU = Level("cpu")
+GPU = Level(
+    "gpu",
+    shape=Shape(grid=24, cell=8, vision_width=256, vision_layers=12, text_width=512, text_layers=12, heads=8),
+    text_tokens=96,
+    symbol_pages=8192,
+    train_pages=2048,
+    validation_pages=32,
+    test_pages=128,
+    encoder=Recipe(steps=2000, batch=128, lr=5e-4),
+    decoder=Recipe(steps=6000, batch=128, lr=5e-4, warmup=300),
+    arm=Recipe(steps=800, batch=64, lr=5e-4, warmup=80),
+    check_every=100,
+    device="cuda",
+    half=True,
+)
+TINY = replace(
+    CPU,
+    name="tiny",
+    shape=replace(CPU.shape, vision_width=32, vision_layers=4, text_width=32, text_layers=8),
+    symbol_pages=8,
+    train_pages=8,
+    validation_pages=2,
+    test_pages=4,
+    encoder=Recipe(steps=2, batch=4),
+    decoder=Recipe(steps=4, batch=4),
+    arm=Recipe(steps=3, batch=4),
+    check_every=2,
+    prefill_repeats=2,
+)
+LEVELS = {level.name: level for level in (CPU, GPU, TINY)}
+"""By name; "tiny" runs every line in seconds and learns nothing."""

@@ -1,0 +1,256 @@
+"""``python -m benchmarks.proof.report``: writes docs/proof.md and its figures from the lines of a results file."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper_tables import GROUPS, TABLE_2, TABLE_4, TABLE_5A, group_averages
+
+from .arms import ArmSpec
+from .claims import CLAIMS, DETAIL, Claim
+from .figures import density_figure, forgetting_figure, pareto_figure
+from .levels import LEVELS, Level
+from .pages import task_groups, task_names
+from .runner import Job, read_lines, tuned_arms
+from .statistics import Mean, compared, mean_of, recovered
+from .suites import INTERACTION_NAMES, SUITES, TUNING_RATES, TUNING_SEED, tuning_arms
+
+ROOT = Path(__file__).resolve().parents[2]
+BEGIN, END = "<!-- Written by benchmarks/proof/report.py; do not edit by hand. -->", "<!-- End of the written part. -->"
+TITLES = {
+    "table2": "Table 2: projectors, without and with Vision Remember",
+    "table4a": "Table 4a: components",
+    "table4b": "Table 4b: interactions, each with its own learning rate",
+    "table4c": "Table 4c: where the blocks stand",
+    "table5a": "Table 5a: against no compression, at three ratios",
+    "controls": "Controls: as many parameters, as much compute",
+}
+_PAPER_4 = {
+    "baseline (average pool)": ("4a", "baseline"),
+    "+ resample (deformable, last level)": ("4a", "vision resample"),
+    "+ multi-level": ("4a", "vision resample, several levels"),
+    "+ SELA (default preset)": ("4a", "vision resample, several levels, SELA"),
+    "global attention": ("4b", "global attention"),
+    "deformable attention": ("4b", "deformable attention"),
+    "SELA": ("4b", "SELA"),
+    "1": ("4c", "layer 1"),
+    "1, 4": ("4c", "layers 1, 4"),
+    "1, 4, 7": ("4c", "layers 1, 4, 7"),
+}
+_PAPER_2 = {"average pool": "average pooling", "PixelShuffle": "pixel shuffle", "deformable": "deformable attention",
+            "LDPv2": "LDPv2"}  # fmt: skip
+_PAPER_5A = {"no compression": "no compression", "pooled 1/4": "baseline", "pooled 1/4 + VR": "Ours"}
+
+
+class Results:
+    """The lines of a results file, by arm.
+
+    Args:
+        path: The file.
+        level: Its level.
+        tuned: Whether it holds the runs that table 4b's rates are chosen from.
+    """
+
+    def __init__(self, path: Path, level: Level, *, tuned: bool = True) -> None:
+        self.path, self.level = path, level
+        self.lines = read_lines(path)
+        self.number = {line["key"]: number for number, line in enumerate(self.lines, 1)}
+        self.by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        seeds = sorted({line["seed"] for line in self.lines if line["seed"] < TUNING_SEED})
+        known = {line["key"]: line for line in self.lines}
+        self.suites: dict[str, list[ArmSpec]] = {
+            name: tuned_arms(level, path) if tuned and name == "table4b" else arms for name, arms in SUITES.items()
+        }
+        for arm in (arm for arms in self.suites.values() for arm in arms):
+            if arm.name not in self.by_arm:
+                keys = [Job(arm, seed).key(level) for seed in seeds]
+                self.by_arm[arm.name] = [known[key] for key in keys if key in known]
+        self.seeds = seeds
+        tasks = task_names(level)
+        self.groups = task_groups(tasks)
+
+    def tasks(self, group: str | None = None) -> list[str]:
+        """The tasks of a group, or all."""
+        return [task for task, of in self.groups.items() if group in (None, of)]
+
+    def mean(self, arm: str, group: str | None = None) -> Mean:
+        """Mean accuracy in per cent over seeds, of the mean over tasks."""
+        tasks = self.tasks(group)
+        return mean_of([100 * statistics.fmean(line["test"][t] for t in tasks) for line in self.by_arm[arm]])
+
+    def links(self, arm: str) -> str:
+        """Links to the arm's lines."""
+        found = [(line["seed"], self.number[line["key"]]) for line in self.by_arm[arm]]
+        where = f"../{self.path.resolve().relative_to(ROOT)}" if self.path.resolve().is_relative_to(ROOT) else self.path
+        return ", ".join(f"[{seed}]({where}#L{number})" for seed, number in found)
+
+
+def suite_table(results: Results, suite: str) -> list[str]:
+    """A suite's arms: ours by group, the paper's beside."""
+    header = [
+        "arm",
+        "tokens",
+        "added parameters",
+        "prefill",
+        *GROUPS,
+        "mean",
+        "paper: OCR & Chart",
+        "paper: mean",
+        "lines",
+    ]
+    rows = [header, ["---"] * len(header)]
+    for arm in results.suites[suite]:
+        lines = results.by_arm[arm.name]
+        if not lines:
+            continue
+        name = arm.name if arm.lr is None else f"{arm.name} (rate {arm.lr:g})"
+        paper_detail, paper_mean = paper_scores(suite, arm.name)
+        groups = [str(results.mean(arm.name, group)) if results.tasks(group) else "–" for group in GROUPS]
+        prefill = statistics.median(line["prefill_ratio"] for line in lines)
+        added = f"{lines[0]['parameters']['blocks']:,}"
+        rows.append([name, str(lines[0]["tokens"]), added, f"{prefill:.2f}", *groups, str(results.mean(arm.name)),
+                     paper_detail, paper_mean, results.links(arm.name)])  # fmt: skip
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def paper_scores(suite: str, arm: str) -> tuple[str, str]:
+    """What the paper prints for an arm: OCR & Chart and the mean; "–" where it prints nothing."""
+    if suite in ("table4a", "table4b", "table4c") and arm in _PAPER_4:
+        row = next(row for row in TABLE_4 if (row.table, row.label) == _PAPER_4[arm])
+        return f"{row.groups[DETAIL]:.1f}", f"{row.average:.1f}"
+    plain = arm.removesuffix(" + VR")
+    if suite == "table2" and plain in _PAPER_2:
+        printed = next(row for row in TABLE_2 if row.label == _PAPER_2[plain] and row.remember == (plain != arm))
+        return f"{group_averages(printed.scores)[DETAIL]:.1f}", f"{printed.average:.1f}"
+    if suite == "table5a" and arm in _PAPER_5A:
+        budget = next(row for row in TABLE_5A if row.label == _PAPER_5A[arm])
+        return "–", f"{budget.average:.1f}"
+    return "–", "–"
+
+
+def claim_rows(results: Results) -> list[str]:
+    """Each claim, what the paper says, what the runs say."""
+    rows = [["claim", "paper", "compared", "difference, points", "p", "here"], ["---"] * 6]
+    for claim in CLAIMS:
+        if results.by_arm[claim.better] and results.by_arm[claim.worse] and results.tasks(claim.group):
+            rows.append(_claim_row(results, claim))
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _claim_row(results: Results, claim: Claim) -> list[str]:
+    found = compared(results.by_arm[claim.better], results.by_arm[claim.worse], results.tasks(claim.group))
+    on = f" ({claim.group})" if claim.group else ""
+    sides = f"{claim.better} {results.links(claim.better)} − {claim.worse} {results.links(claim.worse)}{on}"
+    p = "–" if found.p is None else f"{found.p:.2g}"
+    return [claim.text, claim.where, sides, f"{found.difference:+.1f}", p, found.verdict]
+
+
+def recovery_rows(results: Results) -> list[str]:
+    """What share of the loss on OCR & Chart is won back at each ratio."""
+    rows = [
+        ["ratio", "pooled", "with Vision Remember", "no compression", "won back, %", "prefill, to pooled"],
+        ["---"] * 6,
+    ]
+    for ratio in (4, 9, 16):
+        low, mine, high = f"pooled 1/{ratio}", f"pooled 1/{ratio} + VR", "no compression"
+        if all(results.by_arm[name] for name in (low, mine, high)):
+            share = recovered(*(results.by_arm[name] for name in (mine, low, high)), results.tasks(DETAIL))
+            times = [statistics.median(line["prefill_ratio"] for line in results.by_arm[name]) for name in (mine, low)]
+            cells = [str(results.mean(name, DETAIL)) for name in (low, mine, high)]
+            rows.append([f"1/{ratio}", *cells, str(share), f"{times[0] / times[1]:.2f}"])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def task_rows(results: Results) -> list[str]:
+    """Accuracy by task of the arms that everything is about."""
+    arms = [
+        "no compression",
+        "pooled 1/4",
+        "pooled 1/4 + VR",
+        "pooled + MLP of equal parameters",
+        "the paper as printed",
+    ]
+    arms = [arm for arm in arms if results.by_arm[arm]]
+    rows = [["task", "group", *arms], ["---"] * (2 + len(arms))]
+    for task, group in results.groups.items():
+        cells = [mean_of([100 * line["test"][task] for line in results.by_arm[arm]]) for arm in arms]
+        rows.append([f"`{task}`", group, *map(str, cells)])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def tuning_rows(results: Results) -> list[str]:
+    """Validation accuracy of each interaction at each learning rate."""
+    known = {line["key"]: line for line in results.lines}
+    rows = [["interaction", *(f"rate {rate:g}" for rate in TUNING_RATES)], ["---"] * (1 + len(TUNING_RATES))]
+    for name in INTERACTION_NAMES:
+        lines = [known.get(Job(arm, TUNING_SEED).key(results.level)) for arm in tuning_arms(name)]
+        last = ["–" if line is None else f"{100 * statistics.fmean(_last(line).values()):.1f}" for line in lines]
+        rows.append([INTERACTION_NAMES[name], *last])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _last(line: Mapping[str, Any]) -> dict[str, float]:
+    validation: dict[str, float] = line["curve"]["validation"][-1]
+    return validation
+
+
+def written_part(results: Results) -> str:
+    """Everything between the markers of the page."""
+    versions = results.lines[0]["versions"]
+    said = ", ".join(f"{name} {version}" for name, version in versions.items())
+    parts = [
+        f"Level `{results.level.name}`, seeds {results.seeds}, {len(results.lines)} lines; {said}.",
+        "## What became of the paper's claims",
+        "\n".join(claim_rows(results)),
+        "## How much of the loss comes back",
+        "\n".join(recovery_rows(results)),
+        "## By task",
+        "\n".join(task_rows(results)),
+    ]
+    for suite, title in TITLES.items():
+        parts += [f"## {title}", "\n".join(suite_table(results, suite))]
+        if suite == "table4b":
+            parts += ["Validation accuracy by learning rate, from which the rates above were chosen:",
+                      "\n".join(tuning_rows(results))]  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def updated(page: str, part: str) -> str:
+    """The page with its written part replaced.
+
+    Raises:
+        ValueError: a page without the two markers.
+    """
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"expected the lines {BEGIN!r} and {END!r} once each")
+    head, tail = page.split(BEGIN)[0], page.split(END)[1]
+    return f"{head}{BEGIN}\n\n{part}\n\n{END}{tail}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Reads the command line and writes."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.proof.report", description=__doc__)
+    parser.add_argument("--level", choices=list(LEVELS), default="cpu")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results/proof_LEVEL.jsonl")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "proof.md")
+    options = parser.parse_args(arguments)
+    path = options.results or ROOT / "benchmarks" / "results" / f"proof_{options.level}.jsonl"
+    results = Results(path, LEVELS[options.level])
+    options.page.write_text(updated(options.page.read_text(encoding="utf-8"), written_part(results)), encoding="utf-8")
+    images = options.page.parent / "images"
+    images.mkdir(exist_ok=True)
+    for name, figure in (
+        ("proof_pareto", pareto_figure(results)),
+        ("proof_density", density_figure(results)),
+        ("proof_forgetting", forgetting_figure(results)),
+    ):
+        figure.savefig(images / f"{name}.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Runs suites: every arm and seed once, one JSON line each; what is in the file already is not run again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import scipy
+import torch
+import transformers
+from tqdm import tqdm
+
+import vision_remember
+
+from .arms import ArmSpec
+from .insight import look_inside
+from .levels import Level
+from .prepare import Workshop, prepare
+from .suites import INTERACTION_NAMES, SUITES, TUNING_RATES, TUNING_SEED, distinct, interaction, tuning_arms
+from .train import World, run
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm and seed.
+
+    Attributes:
+        spec: The arm.
+        seed: Draws its new weights and the order of its pages.
+    """
+
+    spec: ArmSpec
+    seed: int
+
+    def key(self, level: Level) -> str:
+        """What names the run in the results: equal recipes have equal keys, whatever their tables call them."""
+        known = {"arm": self.spec.recipe(), "seed": self.seed, "level": asdict(level)}
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results file; one that was cut off in the middle by the end of a process is dropped from it."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def run_suites(
+    names: Sequence[str], seeds: Sequence[int], level: Level, folder: Path, results: Path, jobs: int
+) -> None:
+    """Runs what is missing of some suites.
+
+    Args:
+        names: Suites.
+        seeds: Below `TUNING_SEED`, which is for choices.
+        level: How large.
+        folder: Where pages, encoder and decoder are kept.
+        results: The file of JSON lines, which grows.
+        jobs: Processes side by side.
+
+    Raises:
+        ValueError: a seed that choices are made with.
+    """
+    if not all(0 <= seed < TUNING_SEED for seed in seeds):
+        raise ValueError(
+            f"seeds {list(seeds)}: expected 0..{TUNING_SEED - 1}; from {TUNING_SEED} on they are for choices"
+        )
+    prepare(level, folder, jobs)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    if "table4b" in names:
+        tuning = [Job(arm, TUNING_SEED) for name in INTERACTION_NAMES for arm in tuning_arms(name)]
+        _run_jobs(tuning, level, folder, results, jobs)
+    # Seed after seed, so that a run that is stopped has whole seeds.
+    _run_jobs(
+        [Job(arm, seed) for seed in seeds for arm in arms_of(names, level, results)], level, folder, results, jobs
+    )
+
+
+def arms_of(names: Iterable[str], level: Level, results: Path) -> list[ArmSpec]:
+    """The distinct arms of some suites, in their order; those of table 4b with the rates that tuning chose."""
+    arms: list[ArmSpec] = []
+    for name in names:
+        arms += tuned_arms(level, results) if name == "table4b" else SUITES[name]
+    return distinct(arms)
+
+
+def tuned_arms(level: Level, results: Path) -> list[ArmSpec]:
+    """Table 4b's arms, each with the learning rate that did best on the validation pages."""
+    lines = {line["key"]: line for line in read_lines(results)}
+    arms = []
+    for name in INTERACTION_NAMES:
+        runs = {arm.lr: lines.get(Job(arm, TUNING_SEED).key(level)) for arm in tuning_arms(name)}
+        missing = [rate for rate, line in runs.items() if line is None]
+        if missing:
+            raise ValueError(f"{name}: not tuned yet at {missing} of {list(TUNING_RATES)}")
+        best = max(runs, key=lambda rate: validation_mean(runs[rate] or {}))
+        # The level's own rate goes unsaid, so that the arm is the same as in other tables.
+        arms.append(replace(interaction(name), lr=None if best == level.arm.lr else best))
+    return arms
+
+
+def validation_mean(line: Mapping[str, Any]) -> float:
+    """Mean over tasks of the last validation accuracy of a run."""
+    return statistics.fmean(line["curve"]["validation"][-1].values())
+
+
+def _run_jobs(wanted: Sequence[Job], level: Level, folder: Path, results: Path, jobs: int) -> None:
+    done = {line["key"] for line in read_lines(results)}
+    left = [job for job in wanted if job.key(level) not in done]
+    bar = tqdm(total=len(wanted), initial=len(wanted) - len(left), desc="runs", dynamic_ncols=True)
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+    with bar, results.open("a", encoding="utf-8") as file, pool:
+        running = {pool.submit(run_job, job, level, folder): job for job in left}
+        for future in as_completed(running):
+            file.write(json.dumps(future.result()) + "\n")
+            file.flush()
+            bar.update()
+            bar.set_postfix_str(f"{running[future].spec.name}, seed {running[future].seed}")
+
+
+@cache
+def _world(level: Level, folder: Path) -> World:
+    return Workshop(level, folder).world()
+
+
+def run_job(job: Job, level: Level, folder: Path) -> dict[str, Any]:
+    """One line of the results."""
+    torch.set_num_threads(level.threads)
+    world = _world(level, folder)
+    arm, found = run(job.spec, job.seed, world, _silent(level.arm.steps))
+    return {
+        "key": job.key(level),
+        "level": level.name,
+        "arm": job.spec.name,
+        "seed": job.seed,
+        "recipe": job.spec.recipe(),
+        **found,
+        "inside": look_inside(arm, world),
+        "versions": versions(),
+    }
+
+
+def _silent(steps: int) -> Iterable[tqdm[Any]]:
+    """A run's own progress, unseen: only the bar over all runs shows."""
+    with tqdm(total=steps, disable=True) as bar:
+        for _ in range(steps):
+            yield bar
+            bar.update()
+
+
+def versions() -> dict[str, str]:
+    """What a run depends on besides its recipe."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "scipy": scipy.__version__,
+        "vision_remember": vision_remember.__version__,
+    }

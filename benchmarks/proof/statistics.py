@@ -1,0 +1,104 @@
+"""Means, intervals and paired tests over runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from scipy import stats
+
+Verdict = Literal["holds", "does not hold", "the opposite holds", "undecided"]
+Lines = Sequence[Mapping[str, Any]]
+_ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its 95 % interval.
+
+    Attributes:
+        value: The mean.
+        half: Half the width of Student's interval; None of a single value.
+    """
+
+    value: float
+    half: float | None
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f}" if self.half is None else f"{self.value:.1f} ± {self.half:.1f}"
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Mean and 95 % interval of independent values."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Mean(mean, None)
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return Mean(mean, float(stats.t.ppf(1 - _ALPHA / 2, len(values) - 1)) * error)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against another on the same seeds and tasks.
+
+    Attributes:
+        difference: Mean of the paired differences, in points.
+        p: Of a two-sided paired t-test over (seed, task); None where all differences are equal.
+        pairs: How many.
+    """
+
+    difference: float
+    p: float | None
+    pairs: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of the claim that the first arm is better."""
+        if self.p is None:
+            return "does not hold" if self.difference == 0 else "undecided"
+        if self.p >= _ALPHA:
+            return "undecided"
+        return "holds" if self.difference > 0 else "the opposite holds"
+
+
+def compared(
+    better: Sequence[Mapping[str, Any]], worse: Sequence[Mapping[str, Any]], tasks: Sequence[str]
+) -> Comparison:
+    """Pairs the runs of two arms by seed and task.
+
+    Args:
+        better: Lines of the arm that is claimed to be better.
+        worse: Lines of the other.
+        tasks: Which accuracies to pair.
+
+    Raises:
+        ValueError: no seed that both have.
+    """
+    ours, theirs = ({line["seed"]: line["test"] for line in lines} for lines in (better, worse))
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        raise ValueError(f"seeds {sorted(ours)} and {sorted(theirs)}: expected one that both arms have")
+    one = [100 * ours[seed][task] for seed in seeds for task in tasks]
+    other = [100 * theirs[seed][task] for seed in seeds for task in tasks]
+    differences = [a - b for a, b in zip(one, other, strict=True)]
+    p = None if len(set(differences)) == 1 else float(stats.ttest_rel(one, other).pvalue)
+    return Comparison(statistics.fmean(differences), p, len(differences))
+
+
+def recovered(lines: Lines, pooled: Lines, whole: Lines, tasks: Sequence[str]) -> Mean:
+    """Share of what pooling loses on some tasks that an arm wins back, in per cent, over the seeds that all have.
+
+    Args:
+        lines: The arm's.
+        pooled: Those of pooling alone.
+        whole: Those without compression.
+        tasks: Over which accuracies are averaged.
+    """
+    mine, low, high = (
+        {line["seed"]: statistics.fmean(line["test"][task] for task in tasks) for line in arm}
+        for arm in (lines, pooled, whole)
+    )
+    seeds = sorted(mine.keys() & low.keys() & high.keys())
+    return mean_of([100 * (mine[seed] - low[seed]) / (high[seed] - low[seed]) for seed in seeds])

@@ -1,0 +1,113 @@
+"""The paper's tables as sets of arms, and what the paper left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .arms import ArmSpec
+
+PAPER_LAYERS = (1, 4)
+PROJECTOR_NAMES = {
+    "adaptive_avg_pool": "average pool",
+    "pixel_shuffle": "PixelShuffle",
+    "deformable_pool": "deformable",
+    "ldpv2": "LDPv2",
+    "token_packer": "TokenPacker",
+}
+RATIOS = (4, 9, 16)
+TUNING_SEED = 100
+"""Seed of every run that a choice is made from; reported seeds are below it."""
+TUNING_RATES = (1e-3, 2e-3, 4e-3)
+INTERACTION_NAMES = {"global": "global attention", "deformable": "deformable attention", "sela": "SELA"}
+
+POOLED = ArmSpec("pooled")
+REMEMBER = ArmSpec("pooled + VR", layers=PAPER_LAYERS)
+
+
+def pooled(ratio: int) -> ArmSpec:
+    """Average pooling alone."""
+    return replace(POOLED, name=f"pooled 1/{ratio}", ratio=ratio)
+
+
+def remember(ratio: int) -> ArmSpec:
+    """Average pooling with Vision Remember."""
+    return replace(REMEMBER, name=f"pooled 1/{ratio} + VR", ratio=ratio)
+
+
+def interaction(name: str) -> ArmSpec:
+    """Vision Remember with another interaction, everything else as in the default preset."""
+    return replace(REMEMBER, name=INTERACTION_NAMES[name], overrides={} if name == "sela" else {"interaction": name})
+
+
+def _table2() -> list[ArmSpec]:
+    arms = []
+    for projector, name in PROJECTOR_NAMES.items():
+        arms.append(ArmSpec(name, projector=projector))
+        arms.append(ArmSpec(f"{name} + VR", projector=projector, layers=PAPER_LAYERS))
+    return arms
+
+
+def _table4a() -> list[ArmSpec]:
+    deformable = {"interaction": "deformable", "saliency": None}
+
+    def variant(name: str, **overrides: object) -> ArmSpec:
+        return replace(REMEMBER, name=name, overrides=overrides)
+
+    return [
+        replace(POOLED, name="baseline (average pool)"),
+        variant("+ resample (deformable, last level)", **deformable, levels=(-1,)),
+        variant("+ multi-level", **deformable),
+        variant("+ SELA (default preset)"),
+        variant("saliency alone", position="none"),
+        variant("window position alone", saliency=None),
+        variant("neither saliency nor position", saliency=None, position="none"),
+        variant("position learned from near zero", position="learned"),
+        replace(variant("zero gate", zero_init=False), gate=True),
+        variant("ordinary start (no zero output)", zero_init=False),
+        replace(REMEMBER, name="the paper as printed", preset="paper"),
+    ]
+
+
+def _table4c() -> list[ArmSpec]:
+    layers = ((1,), (1, 4), (1, 4, 7), (4,), (7,), (4, 7))
+    return [replace(REMEMBER, name=", ".join(map(str, chosen)), layers=chosen) for chosen in layers]
+
+
+def _table5a() -> list[ArmSpec]:
+    none = ArmSpec("no compression", projector=None, ratio=1)
+    return [none, *(arm for ratio in RATIOS for arm in (pooled(ratio), remember(ratio)))]
+
+
+def _controls() -> list[ArmSpec]:
+    return [
+        POOLED,
+        replace(REMEMBER, name="pooled + MLP of equal parameters", control="parameters"),
+        replace(REMEMBER, name="pooled + MLP of equal compute", control="compute"),
+        REMEMBER,
+    ]
+
+
+SUITES = {
+    "table2": _table2(),
+    "table4a": _table4a(),
+    "table4b": [interaction(name) for name in INTERACTION_NAMES],
+    "table4c": _table4c(),
+    "table5a": _table5a(),
+    "controls": _controls(),
+}
+"""Arms by suite. Those of table 4b take the learning rate that their own tuning chose."""
+
+
+def tuning_arms(name: str) -> list[ArmSpec]:
+    """The runs from which an interaction's learning rate is chosen: the same rates for each."""
+    return [replace(interaction(name), lr=rate) for rate in TUNING_RATES]
+
+
+def distinct(arms: Sequence[ArmSpec]) -> list[ArmSpec]:
+    """The arms without those that another name already runs."""
+    found: list[ArmSpec] = []
+    for arm in arms:
+        if arm.recipe() not in [other.recipe() for other in found]:
+            found.append(arm)
+    return found

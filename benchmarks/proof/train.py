@@ -1,0 +1,173 @@
+"""Stage 3: one arm, one seed, one record."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from examples.demo.schedule import Bars, optimise
+
+from .arms import Arm, ArmSpec, Pretrained, build_arm
+from .encoder import Features
+from .levels import Level
+from .model import answer_logits
+from .pages import Pages
+from .words import Streams, Words
+
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Set:
+    """Pages with the features that the encoder made of them."""
+
+    pages: Pages
+    features: Features
+
+
+@dataclass(frozen=True)
+class World:
+    """All that every run shares.
+
+    Attributes:
+        level: The proof's level.
+        words: The vocabulary.
+        tasks: Names of the tasks, by number.
+        pretrained: The encoder and the decoder.
+        train: What arms train on.
+        validation: What curves and choices look at.
+        test: What the tables report.
+    """
+
+    level: Level
+    words: Words
+    tasks: Sequence[str]
+    pretrained: Pretrained
+    train: Set
+    validation: Set
+    test: Set
+
+
+def arm_logits(arm: Arm, data: Set, index: Tensor, device: str, half: bool) -> tuple[Tensor, Tensor, Streams]:
+    """Logits and right words where some pages' questions are answered, and the questions."""
+    streams = data.pages.streams[index].to(device)
+    with torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext():
+        vision = arm.vision_tokens(data.features, index, device)
+        length = arm.tokens + streams.tokens.shape[1]
+        options = arm.options(data.features, index, length, device)
+        logits, truth = answer_logits(arm.model, vision, streams, **options)
+    return logits.float(), truth, streams
+
+
+@torch.no_grad()
+def evaluate(arm: Arm, data: Set, level: Level, tasks: Sequence[str]) -> dict[str, float]:
+    """Share of questions answered right, by task: every word of the answer, each after the right ones before it.
+
+    That is exact match of what greedy decoding writes, because it goes wrong where its first wrong word stands.
+    """
+    arm.model.eval()
+    right, asked = torch.zeros(len(tasks)), torch.zeros(len(tasks))
+    for start in range(0, len(data.pages), EVALUATION_BATCH):
+        index = torch.arange(start, min(start + EVALUATION_BATCH, len(data.pages)))
+        logits, truth, streams = arm_logits(arm, data, index, level.device, level.half)
+        wrong_words = (logits.argmax(-1) != truth).cpu()
+        page, position = (streams.target >= 0).nonzero(as_tuple=True)
+        question = streams.branch[page, position].cpu()
+        page = page.cpu()
+        wrong = torch.zeros(len(index), int(streams.branch.max()) + 1).index_put_(
+            (page, question), wrong_words.float(), accumulate=True
+        )
+        exists = torch.zeros_like(wrong).index_put_((page, question), torch.ones(len(page)))
+        task = data.pages.tasks[index]
+        right.index_add_(0, task, (exists * (wrong == 0)).sum(1))
+        asked.index_add_(0, task, exists.sum(1))
+    return {name: round((right[i] / asked[i]).item(), 5) for i, name in enumerate(tasks)}
+
+
+def train_arm(arm: Arm, world: World, seed: int, bars: Bars) -> dict[str, Any]:
+    """Trains an arm in place; equal seeds show equal pages in every arm.
+
+    Returns:
+        The "curve": losses (means over the steps between checks), steps and validation accuracies by task.
+    """
+    level = world.level
+    recipe = level.arm if arm.spec.lr is None else replace(level.arm, lr=arm.spec.lr)
+    generator = torch.Generator().manual_seed(seed)
+    steps: list[int] = []
+    accuracies: list[dict[str, float]] = []
+
+    def loss_of_step() -> Tensor:
+        index = torch.randint(len(world.train.pages), (recipe.batch,), generator=generator)
+        logits, truth, _ = arm_logits(arm, world.train, index, level.device, level.half)
+        return F.cross_entropy(logits, truth)
+
+    def check(step: int) -> None:
+        if (step + 1) % level.check_every == 0 or step + 1 == recipe.steps:
+            steps.append(step + 1)
+            accuracies.append(evaluate(arm, world.validation, level, world.tasks))
+            arm.model.train()
+
+    arm.model.train()
+    losses = optimise(arm.trained(), recipe, bars, loss_of_step, after=check)
+    arm.model.eval()
+    spans = zip([0, *steps], steps, strict=False)
+    return {
+        "steps": steps,
+        "losses": [round(statistics.fmean(losses[a:b]), 4) for a, b in spans],
+        "validation": accuracies,
+    }
+
+
+@torch.no_grad()
+def prefill_seconds(arms: Sequence[Arm], data: Set, level: Level, pages: int = 8) -> list[float]:
+    """Median time of projector and decoder on some pages with one question each; the arms take turns."""
+    index = torch.arange(pages)
+    length = int((data.pages.streams.branch[index] == 0).sum(1).max())
+    streams = data.pages.streams
+    short = Streams(*(part[:, :length] for part in (streams.tokens, streams.branch, streams.place, streams.target)))
+    asked = Set(replace(data.pages, streams=short), data.features)
+    seconds: list[list[float]] = [[] for _ in arms]
+    for repeat in range(level.prefill_repeats + 2):
+        for arm, values in zip(arms, seconds, strict=True):
+            if level.device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            arm_logits(arm, asked, index, level.device, level.half)
+            if level.device == "cuda":
+                torch.cuda.synchronize()
+            if repeat >= 2:  # the first rounds warm up
+                values.append(time.perf_counter() - start)
+    return [statistics.median(values) for values in seconds]
+
+
+def run(spec: ArmSpec, seed: int, world: World, bars: Bars) -> tuple[Arm, dict[str, Any]]:
+    """Builds, trains and tests an arm.
+
+    Returns:
+        The arm and what its line in the results says about this run.
+    """
+    level = world.level
+    arm = build_arm(spec, level.shape, len(world.words), world.pretrained, seed, level.device)
+    reference = build_arm(ArmSpec("pooled"), level.shape, len(world.words), world.pretrained, seed, level.device)
+    mine, pooled = prefill_seconds([arm, reference], world.test, level)
+    cpu, wall = time.process_time(), time.perf_counter()
+    curve = train_arm(arm, world, seed, bars)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return arm, {
+        "tokens": arm.tokens,
+        "parameters": arm.parameters,
+        "prefill_ratio": round(mine / pooled, 3),
+        "prefill_ms_per_page": round(1000 * mine / 8, 3),
+        "train_cpu_s": round(cpu, 1),
+        "train_wall_s": round(wall, 1),
+        "curve": curve,
+        "test": evaluate(arm, world.test, level, world.tasks),
+    }

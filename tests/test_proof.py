@@ -1,0 +1,210 @@
+"""The proof: its questions, its controls, its statistics, and a run of the smallest level from start to report."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+
+from scipy import stats
+
+from benchmarks.proof import report
+from benchmarks.proof.arms import ArmSpec, Pretrained, build_arm, control_width
+from benchmarks.proof.claims import CLAIMS
+from benchmarks.proof.levels import CPU, GPU, TINY
+from benchmarks.proof.model import TokenPlaces, answer_logits, build_model
+from benchmarks.proof.pages import SYMBOLS_FROM, VALIDATION_FROM, build_pages, build_words
+from benchmarks.proof.runner import Job, arms_of, read_lines, run_suites
+from benchmarks.proof.statistics import compared, mean_of, recovered
+from benchmarks.proof.suites import SUITES, TUNING_SEED, distinct
+from benchmarks.proof.symbols import FIRST_TOKENS, Lookup
+from benchmarks.proof.words import IGNORE, Streams, Words, stream
+
+LEVEL = replace(TINY, tasks=("attribute", "characters"))
+
+
+def test_a_cell_is_one_word_and_fillers_are_left_out() -> None:
+    words = Words(("letter", "red"), grid=12)
+    assert words.question("what letter is in row 3 column 7") == [
+        words.number("letter"),
+        words.first_cell + 2 * 12 + 6,
+    ]
+    with pytest.raises(ValueError, match="'blue' is not among the 149 words"):
+        words.question("blue")
+
+
+def test_packed_questions_are_answered_as_each_alone() -> None:
+    torch.manual_seed(0)
+    words = build_words(LEVEL)
+    model = build_model(LEVEL.shape, len(words), 0)
+    vision = torch.randn(1, 9, LEVEL.shape.text_width)
+    questions = [
+        ("what colour is the cross", ("red",)),
+        ("what letter is in row 2 column 3", ("a",)),
+        ("red", ("a", "b")),
+    ]
+
+    def logits(asked: list[Any], length: int) -> torch.Tensor:
+        rows, taken = stream(words, asked, length)
+        assert taken == len(asked)
+        streams = Streams(*(torch.tensor(row)[None] for row in rows))
+        return answer_logits(model, vision, streams)[0]
+
+    together = logits(questions, 16)
+    alone = torch.cat([logits([question], 6) for question in questions])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_questions_that_find_no_room_are_left_out() -> None:
+    words = Words(("red", "blue"), grid=2)
+    rows, taken = stream(words, [("red", ("blue",)), ("blue", ("red", "red"))], 2)
+    assert taken == 1
+    assert rows[3] == [words.number("blue"), IGNORE]
+
+
+def test_training_validation_and_symbol_pages_are_not_the_same() -> None:
+    words = build_words(LEVEL)
+    sets = [build_pages(LEVEL, words, 6, first=first, pixels=False) for first in (0, SYMBOLS_FROM, VALIDATION_FROM)]
+    sets.append(build_pages(LEVEL, words, 6, split="test", pixels=False))
+    pages = [page.numpy().tobytes() for one in sets for page in one.labels]
+    assert len(set(pages)) == len(pages)
+
+
+def test_lookups_grow_when_they_are_read_and_name_what_stands_there() -> None:
+    words = build_words(CPU)
+    labels = ("blank", "a", "b", "hand 3", "red circle")
+    lookup = Lookup(labels, words, 12)
+    generator = torch.Generator().manual_seed(0)
+    assert (lookup.next, lookup.shown) == (1, FIRST_TOKENS)
+    for _ in range(3):
+        lookup.learned(0.5)
+    assert lookup.shown == FIRST_TOKENS
+    for _ in range(3):
+        lookup.learned(1.0)
+    assert lookup.shown == 2 * FIRST_TOKENS
+    while lookup.next == 1:
+        lookup.learned(1.0)
+    assert lookup.next == 2
+    pages, shown, streams = lookup.draw(5, 2, generator)
+    assert shown.shape == (5, FIRST_TOKENS)
+    for page, tokens, asked, truth in zip(pages, shown, streams.tokens, streams.target, strict=True):
+        for word, right in zip(asked.tolist(), truth.tolist(), strict=True):
+            row, column = divmod(word - words.first_cell, 12)
+            assert words.names[right] == labels[page[row, column]].split()[-1]
+            assert row // 2 * 6 + column // 2 in tokens.tolist()
+
+
+@pytest.mark.parametrize("kind", ["parameters", "compute"])
+def test_controls_are_as_large_as_the_block(kind: Any) -> None:
+    shape = CPU.shape
+    words = build_words(LEVEL)
+    model = build_model(shape, len(words), 0)
+    pretrained = Pretrained(model.state_dict(), TokenPlaces(shape.grid, shape.text_width).state_dict())
+    remember = build_arm(ArmSpec("vr", layers=(1, 4)), shape, len(words), pretrained, 0)
+    control = build_arm(ArmSpec("mlp", layers=(1, 4), control=kind), shape, len(words), pretrained, 0)
+    block = remember.model.model.language_model.layers[1].vision_remember
+    if kind == "parameters":
+        assert control.parameters["blocks"] == pytest.approx(remember.parameters["blocks"], rel=0.01)
+    else:
+        interaction = block.interaction
+        cells, tokens = 144, 36
+        products = sum(
+            p.numel() * (cells if name.startswith(("vr_key", "vr_value")) else tokens)
+            for name, p in interaction.named_parameters()
+            if p.ndim == 2
+        )
+        hidden = control_width(kind, block, shape.text_width, tokens, cells)
+        assert 2 * shape.text_width * hidden * tokens == pytest.approx(products, rel=0.05)
+
+
+def test_every_claim_names_two_arms_of_the_suites() -> None:
+    names = {arm.name for arms in SUITES.values() for arm in arms}
+    assert {claim.better for claim in CLAIMS} | {claim.worse for claim in CLAIMS} <= names
+    assert {claim.suite for claim in CLAIMS} <= set(SUITES)
+
+
+def test_equal_arms_of_two_tables_are_run_once() -> None:
+    arms = [arm for suite in ("table2", "table4a", "table5a", "controls") for arm in SUITES[suite]]
+    kept = distinct(arms)
+    assert len({json.dumps(arm.recipe(), sort_keys=True) for arm in arms}) == len(kept) < len(arms)
+
+
+def test_means_and_pairs_agree_with_scipy() -> None:
+    values = [61.0, 64.5, 58.25, 66.0, 63.0]
+    low, high = stats.t.interval(0.95, len(values) - 1, statistics.fmean(values), stats.sem(values))
+    mean = mean_of(values)
+    assert (mean.value - mean.half, mean.value + mean.half) == pytest.approx((low, high))
+    assert mean_of([50.0]).half is None
+    ours = [{"seed": s, "test": {"a": 0.5 + 0.1 * s, "b": 0.75}} for s in (0, 1, 2)]
+    theirs = [{"seed": s, "test": {"a": 0.5, "b": 0.5 + 0.05 * s}} for s in (1, 2, 3)]
+    found = compared(ours, theirs, ["a", "b"])
+    expected = stats.ttest_rel([60, 75, 70, 75], [50, 55, 50, 60])
+    assert (found.difference, found.p, found.pairs) == (pytest.approx(16.25), pytest.approx(expected.pvalue), 4)
+    assert found.verdict == "holds"
+    assert compared(theirs, ours, ["a", "b"]).verdict == "the opposite holds"
+    assert compared(ours, ours, ["a"]).verdict == "does not hold"
+    with pytest.raises(ValueError, match="expected one that both arms have"):
+        compared(ours[:1], theirs, ["a"])
+
+
+def test_what_is_won_back_is_a_share_of_what_was_lost() -> None:
+    def arm(accuracy: float) -> list[dict[str, Any]]:
+        return [{"seed": 0, "test": {"a": accuracy}}]
+
+    assert recovered(arm(0.8), arm(0.4), arm(0.9), ["a"]).value == pytest.approx(80)
+
+
+def test_the_gpu_level_has_the_paper_geometry() -> None:
+    assert (GPU.shape.grid, GPU.shape.text_layers) == (24, 12)
+    arm = ArmSpec("pooled")
+    words = build_words(GPU)
+    shape = replace(GPU.shape, vision_width=32, text_width=32)
+    model = build_model(shape, len(words), 0)
+    pretrained = Pretrained(model.state_dict(), TokenPlaces(24, 32).state_dict())
+    assert build_arm(arm, shape, len(words), pretrained, 0).tokens == 144
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")
+def test_a_run_that_was_cut_off_goes_on_and_is_reported(tmp_path: Path) -> None:
+    results, cache = tmp_path / "lines.jsonl", tmp_path / "cache"
+    run_suites(["controls"], range(2), LEVEL, cache, results, 1)
+    first = read_lines(results)
+    wanted = {Job(arm, seed).key(LEVEL) for seed in (0, 1) for arm in arms_of(["controls"], LEVEL, results)}
+    assert {line["key"] for line in first} == wanted
+    assert len(first) == 8
+
+    text = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(text[:-1]) + text[-1][:40])  # killed in the middle of a line
+    run_suites(["controls"], range(2), LEVEL, cache, results, 1)
+    again = read_lines(results)
+    assert again[:-1] == first[:-1]
+    for name in ("key", "test", "curve", "parameters", "inside"):
+        assert again[-1][name] == first[-1][name]
+    whole = results.read_bytes()
+    run_suites(["controls"], range(2), LEVEL, cache, results, 1)
+    assert results.read_bytes() == whole
+
+    page = tmp_path / "proof.md"
+    page.write_text(f"# Proof\n\n{report.BEGIN}\n{report.END}\n")
+    found = report.Results(results, LEVEL, tuned=False)
+    part = report.written_part(found)
+    page.write_text(report.updated(page.read_text(), part))
+    assert report.updated(page.read_text(), part) == page.read_text()
+    assert "The gain is not that of more parameters" in part
+    assert f"lines.jsonl#L{found.number[first[0]['key']]}" in part
+    assert all(line["seed"] < TUNING_SEED for line in again)
+
+
+def test_seeds_for_choices_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"seeds \[100\]: expected 0..99"):
+        run_suites(["controls"], [TUNING_SEED], LEVEL, tmp_path, tmp_path / "lines.jsonl", 1)
