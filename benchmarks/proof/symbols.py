@@ -126,7 +126,7 @@ def task_tokens(step: int, cells: int, grid: int) -> int:
 
 
 def written_first(labels: Tensor, cells: int, count: int, generator: torch.Generator) -> Tensor:
-    """(B, count) tokens of pages (B, grid, grid), in order; those that hold something before those that hold nothing."""
+    """(B, count) tokens of pages (B, grid, grid), in order: first those that hold something, then any others."""
     side = labels.shape[1] // cells
     written = (labels > 1).view(-1, side, cells, side, cells).any(4).any(2).flatten(1)
     draw = torch.rand(written.shape, generator=generator) - written.float()
