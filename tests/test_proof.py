@@ -153,6 +153,9 @@ def test_means_and_pairs_agree_with_scipy() -> None:
     assert found.verdict == "holds"
     assert compared(theirs, ours, ["a", "b"]).verdict == "the opposite holds"
     assert compared(ours, ours, ["a"]).verdict == "does not hold"
+    shifted = [{**line, "test": {task: score - 0.1 for task, score in line["test"].items()}} for line in ours]
+    found = compared(ours, shifted, ["a", "b"])  # equal up to rounding: nothing to test against
+    assert (found.p, found.verdict) == (None, "undecided")
     with pytest.raises(ValueError, match="expected one that both arms have"):
         compared(ours[:1], theirs, ["a"])
 

@@ -12,6 +12,7 @@ from scipy import stats
 Verdict = Literal["holds", "does not hold", "the opposite holds", "undecided"]
 Lines = Sequence[Mapping[str, Any]]
 _ALPHA = 0.05
+_ROUNDING = 1e-6  # points
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Comparison:
     def verdict(self) -> Verdict:
         """Of the claim that the first arm is better."""
         if self.p is None:
-            return "does not hold" if self.difference == 0 else "undecided"
+            return "does not hold" if abs(self.difference) < _ROUNDING else "undecided"
         if self.p >= _ALPHA:
             return "undecided"
         return "holds" if self.difference > 0 else "the opposite holds"
@@ -83,7 +84,9 @@ def compared(
     one = [100 * ours[seed][task] for seed in seeds for task in tasks]
     other = [100 * theirs[seed][task] for seed in seeds for task in tasks]
     differences = [a - b for a, b in zip(one, other, strict=True)]
-    p = None if len(set(differences)) == 1 else float(stats.ttest_rel(one, other).pvalue)
+    # Differences that are equal up to rounding have no spread to test against.
+    equal = max(differences) - min(differences) < _ROUNDING
+    p = None if equal else float(stats.ttest_rel(one, other).pvalue)
     return Comparison(statistics.fmean(differences), p, len(differences))
 
 
