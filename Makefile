@@ -58,13 +58,13 @@ $(VENV)-%/.installed: $(INSTALLED) tests/%/requirements.txt
 
 test: venv $(EXTERNAL)/.installed $(EVALUATION)/.installed ## the tests, without those marked slow
 	$(PYTEST) $(PYTEST_ARGS)
-	PYTHONPATH=$(EXTERNAL) $(PYTEST) tests/external
-	PYTHONPATH=$(EVALUATION) $(PYTEST) tests/evaluation
+	PYTHONPATH=$(abspath $(EXTERNAL)) $(PYTEST) tests/external
+	PYTHONPATH=$(abspath $(EVALUATION)) $(PYTEST) tests/evaluation
 
 test-all: venv $(EXTERNAL)/.installed $(EVALUATION)/.installed ## all tests
 	$(PYTEST) -m "" $(PYTEST_ARGS)
-	PYTHONPATH=$(EXTERNAL) $(PYTEST) -m "" tests/external
-	PYTHONPATH=$(EVALUATION) $(PYTEST) -m "" tests/evaluation
+	PYTHONPATH=$(abspath $(EXTERNAL)) $(PYTEST) -m "" tests/external
+	PYTHONPATH=$(abspath $(EVALUATION)) $(PYTEST) -m "" tests/evaluation
 
 $(UPSTREAM)/.installed: $(INSTALLED)
 	@$(PY) -m pip install -qq --no-deps --upgrade --target $(UPSTREAM)/lib parameterized==0.9.0
