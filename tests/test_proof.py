@@ -23,11 +23,20 @@ from benchmarks.proof.arms import ArmSpec, Pretrained, build_arm, control_width
 from benchmarks.proof.claims import CLAIMS
 from benchmarks.proof.levels import CPU, GPU, TINY
 from benchmarks.proof.model import TokenPlaces, answer_logits, build_model
-from benchmarks.proof.pages import SYMBOLS_FROM, VALIDATION_FROM, build_pages, build_words
-from benchmarks.proof.runner import Job, arms_of, read_lines, run_suites
+from benchmarks.proof.pages import (
+    BLANK_LABEL,
+    SYMBOLS_FROM,
+    VALIDATION_FROM,
+    build_pages,
+    build_words,
+    label_names,
+    read_boards,
+    task_names,
+)
+from benchmarks.proof.runner import Job, arms_of, read_lines, run_suites, stages_file
 from benchmarks.proof.statistics import compared, mean_of, recovered
 from benchmarks.proof.suites import SUITES, TUNING_SEED, distinct
-from benchmarks.proof.symbols import FIRST_TOKENS, Lookup
+from benchmarks.proof.symbols import FIRST_TOKENS, MOST_TOKENS, Curriculum, Lookup, PageCode
 from benchmarks.proof.words import IGNORE, Streams, Words, stream
 
 LEVEL = replace(TINY, tasks=("attribute", "characters"))
@@ -80,28 +89,67 @@ def test_training_validation_and_symbol_pages_are_not_the_same() -> None:
     assert len(set(pages)) == len(pages)
 
 
-def test_lookups_grow_when_they_are_read_and_name_what_stands_there() -> None:
-    words = build_words(CPU)
-    labels = ("blank", "a", "b", "hand 3", "red circle")
-    lookup = Lookup(labels, words, 12)
-    generator = torch.Generator().manual_seed(0)
-    assert (lookup.next, lookup.shown) == (1, FIRST_TOKENS)
-    for _ in range(3):
-        lookup.learned(0.5)
-    assert lookup.shown == FIRST_TOKENS
-    for _ in range(3):
-        lookup.learned(1.0)
-    assert lookup.shown == 2 * FIRST_TOKENS
-    while lookup.next == 1:
-        lookup.learned(1.0)
-    assert lookup.next == 2
-    pages, shown, streams = lookup.draw(5, 2, generator)
-    assert shown.shape == (5, FIRST_TOKENS)
+def test_lookups_ask_what_stands_in_a_shown_cell() -> None:
+    words, labels, tasks = build_words(CPU), label_names(), task_names(CPU)
+    lookup = Lookup(labels, words, 12, tasks)
+    boards = read_boards(tasks)
+    pages, shown, streams = lookup.draw(5, 2, 7, 0.5, torch.Generator().manual_seed(0))
+    assert shown.shape == (5, 7)
     for page, tokens, asked, truth in zip(pages, shown, streams.tokens, streams.target, strict=True):
-        for word, right in zip(asked.tolist(), truth.tolist(), strict=True):
-            row, column = divmod(word - words.first_cell, 12)
-            assert words.names[right] == labels[page[row, column]].split()[-1]
+        for word, cell, right in zip(asked[::2].tolist(), asked[1::2].tolist(), truth[1::2].tolist(), strict=True):
+            row, column = divmod(cell - words.first_cell, 12)
+            content = labels[page[row, column]]
+            assert page[row, column] != BLANK_LABEL
+            answers = {
+                board.aspects[words.names[word]].of(content)
+                for board in boards
+                if content in board.contents and words.names[word] in board.aspects
+            }
+            assert words.names[right] in answers
             assert row // 2 * 6 + column // 2 in tokens.tolist()
+
+
+def test_more_is_shown_when_what_is_shown_is_read() -> None:
+    curriculum = Curriculum(3)
+    for accuracy in (0.5, 1.0, 1.0):
+        curriculum.note(accuracy)
+    assert (curriculum.shown, curriculum.reads_cells) == (FIRST_TOKENS, False)
+    curriculum.note(1.0)
+    assert (curriculum.shown, curriculum.reads_cells) == (2 * FIRST_TOKENS, False)
+    for _ in range(9):
+        curriculum.note(1.0)
+    assert (curriculum.shown, curriculum.reads_cells, curriculum.filled) == (MOST_TOKENS, True, 2 / 9)
+    for _ in range(3):
+        curriculum.note(1.0)
+    assert curriculum.filled == pytest.approx(3 / 9)
+    for _ in range(30):
+        curriculum.note(1.0)
+    assert curriculum.filled == 1
+
+
+@pytest.mark.parametrize("side", [2, 3, 4])
+def test_every_cell_of_a_token_can_be_read_off_its_code(side: int) -> None:
+    """The subspaces of a token's cells share no direction, so that a linear map tells them apart."""
+    torch.manual_seed(0)
+    words, labels = build_words(CPU), label_names()
+    places = TokenPlaces(12, 128)
+    code = PageCode(torch.nn.Embedding(len(words), 128), places, labels, words, 12, side)
+    turns = code.get_buffer("turns").double()
+    together = torch.cat(list(turns.transpose(1, 2)), dim=1)
+    assert torch.linalg.matrix_rank(together, rtol=1e-4) == side**2 * (128 // side**2)
+    page = torch.randint(len(labels), (1, 12, 12))
+    for token, cells in ((0, page[0, :side, :side]), (12 // side + 1, page[0, side : 2 * side, side : 2 * side])):
+        said = code(page, side)[0, token] - places.table(12 // side)[token]
+        filled = [(label, turn.float()) for label, turn in zip(cells.flatten(), turns, strict=True) if label]
+        expected = sum(code.label[label] @ turn for label, turn in filled)
+        torch.testing.assert_close(said, expected)
+
+
+def test_arms_of_a_ratio_that_no_decoder_reads_are_left_out(tmp_path: Path) -> None:
+    results = tmp_path / "lines.jsonl"
+    run_suites(["table5a"], [0], replace(LEVEL, reads_enough=1.01), tmp_path / "cache", results, 1)
+    assert read_lines(results) == []
+    assert set(json.loads(stages_file(results).read_text())["reads"]) == {"2", "3", "4"}
 
 
 @pytest.mark.parametrize("kind", ["parameters", "compute"])
@@ -109,7 +157,7 @@ def test_controls_are_as_large_as_the_block(kind: Any) -> None:
     shape = CPU.shape
     words = build_words(LEVEL)
     model = build_model(shape, len(words), 0)
-    pretrained = Pretrained(model.state_dict(), TokenPlaces(shape.grid, shape.text_width).state_dict())
+    pretrained = {2: Pretrained(model.state_dict(), TokenPlaces(shape.grid, shape.text_width).state_dict())}
     remember = build_arm(ArmSpec("vr", layers=(1, 4)), shape, len(words), pretrained, 0)
     control = build_arm(ArmSpec("mlp", layers=(1, 4), control=kind), shape, len(words), pretrained, 0)
     block = remember.model.model.language_model.layers[1].vision_remember
@@ -160,6 +208,21 @@ def test_means_and_pairs_agree_with_scipy() -> None:
         compared(ours[:1], theirs, ["a"])
 
 
+def test_no_worse_is_tested_against_the_loss_that_is_allowed() -> None:
+    base = [{"seed": s, "test": {"a": 0.5 + 0.01 * s, "b": 0.5}} for s in range(6)]
+    wobbling = [
+        {"seed": s, "test": {"a": 0.5 + 0.01 * s + 0.001 * (-1) ** s, "b": 0.5 - 0.001 * (-1) ** s}} for s in range(6)
+    ]
+    assert compared(wobbling, base, ["a", "b"]).verdict == "undecided"  # as good, but not better
+    found = compared(wobbling, base, ["a", "b"], margin=1.0)
+    differences = [100 * (w["test"][t] - b["test"][t]) for w, b in zip(wobbling, base, strict=True) for t in "ab"]
+    assert found.p == pytest.approx(float(stats.ttest_1samp(differences, -1.0).pvalue))
+    assert found.verdict == "holds"
+    lower = [{**line, "test": {t: v - 0.05 for t, v in line["test"].items()}} for line in wobbling]
+    assert compared(lower, base, ["a", "b"], margin=1.0).verdict == "the opposite holds"
+    assert compared(base, base, ["a"], margin=1.0).verdict == "holds"
+
+
 def test_what_is_won_back_is_a_share_of_what_was_lost() -> None:
     def arm(accuracy: float) -> list[dict[str, Any]]:
         return [{"seed": 0, "test": {"a": accuracy}}]
@@ -173,7 +236,7 @@ def test_the_gpu_level_has_the_paper_geometry() -> None:
     words = build_words(GPU)
     shape = replace(GPU.shape, vision_width=32, text_width=32)
     model = build_model(shape, len(words), 0)
-    pretrained = Pretrained(model.state_dict(), TokenPlaces(24, 32).state_dict())
+    pretrained = {2: Pretrained(model.state_dict(), TokenPlaces(24, 32).state_dict())}
     assert build_arm(arm, shape, len(words), pretrained, 0).tokens == 144
 
 

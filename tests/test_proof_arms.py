@@ -14,10 +14,12 @@ pytest.importorskip("skimage")
 
 from benchmarks.proof.arms import Arm, ArmSpec, Pretrained, build_arm
 from benchmarks.proof.encoder import encode, kept_levels
-from benchmarks.proof.insight import look_inside, real_inputs
+from benchmarks.proof.insight import look_inside
 from benchmarks.proof.levels import GPU, TINY, Level
 from benchmarks.proof.model import TokenPlaces, build_model
 from benchmarks.proof.pages import build_pages, build_words, task_names
+from benchmarks.proof.prompts import prompts
+from benchmarks.proof.rivals import RIVALS, asked_alone, pruned, windows_as_masks
 from benchmarks.proof.suites import SUITES, distinct
 from benchmarks.proof.train import Set, World, arm_logits, evaluate, run
 from benchmarks.proof.words import IGNORE, Streams
@@ -31,7 +33,7 @@ def world_of(level: Level, pages: int) -> World:
     words = build_words(level)
     model = build_model(level.shape, len(words), 3)
     places = TokenPlaces(level.shape.grid, level.shape.text_width)
-    pretrained = Pretrained(model.state_dict(), places.state_dict())
+    pretrained = dict.fromkeys((2, 3, 4), Pretrained(model.state_dict(), places.state_dict()))
     drawn = build_pages(level, words, pages)
     data = Set(drawn, encode(model, drawn, level.device))
     return World(level, words, task_names(level), pretrained, data, data, data)
@@ -73,7 +75,7 @@ def test_cached_features_give_what_the_model_computes_from_pixels(spec: ArmSpec,
     index = torch.arange(len(world.test.pages))
     pages = replace(world.test.pages, streams=first_question(world.test.pages.streams))
     cached, _, _ = arm_logits(arm, Set(pages, world.test.features), index, "cpu", False)
-    inputs = real_inputs(arm, world.test, index, "cpu")
+    inputs, _ = prompts(world.test.pages, arm.tokens, index, 0, "cpu")
     own = arm.model(**inputs).logits[:, -1]
     torch.testing.assert_close(cached, own, rtol=1e-3, atol=1e-4)
     if arm.handle is not None and not spec.gate:  # a zero gate lets nothing through, whatever stands behind it
@@ -146,3 +148,41 @@ def test_the_gpu_level_trains_a_step_on_the_cpu() -> None:
 class _Bar:
     def set_postfix_str(self, text: str, refresh: bool = False) -> None:
         """What the optimiser says to its bar."""
+
+
+def test_rivals_start_from_the_arm_without_compression_and_leave_it_as_it_was(world: World) -> None:
+    arm = build_arm(ArmSpec("none", projector=None, ratio=1), LEVEL.shape, len(world.words), world.pretrained, 0)
+    reference = build_arm(ArmSpec("pooled"), LEVEL.shape, len(world.words), world.pretrained, 0)
+    found = pruned(arm, reference, world)
+    assert set(found) == {"none", *(rival.name for rival in RIVALS)}
+    assert found["none"]["test"] == asked_alone(arm, world)
+    cells = LEVEL.shape.grid**2
+    for rival in RIVALS:
+        assert set(found[rival.name]["test"]) == set(world.tasks)
+        assert 0 < found[rival.name]["tokens"] <= cells  # SparseVLM drops nothing that its rank says is needed
+    # two of eight layers see everything, the others a quarter
+    assert found["FastV 1/4"]["tokens"] == pytest.approx(cells * (2 + 6 / 4) / 8)
+    assert found["uniform 1/9"]["tokens"] == pytest.approx(cells / 9)
+
+
+def test_a_window_in_the_mask_is_a_sliding_layer(world: World) -> None:
+    arm = build_arm(ArmSpec("none", projector=None, ratio=1), LEVEL.shape, len(world.words), world.pretrained, 0)
+    inputs, _ = prompts(world.test.pages, arm.tokens, torch.arange(len(world.test.pages)), 0, "cpu")
+    with torch.no_grad():
+        own = arm.model(**inputs).logits[:, -1]
+        with windows_as_masks(arm.model.model.language_model):
+            masked = arm.model(**inputs).logits[:, -1]
+    torch.testing.assert_close(masked, own)
+    assert arm.model.model.language_model.config.layer_types[0] == "sliding_attention"
+
+
+def test_questions_asked_alone_are_those_of_the_packed_pages(world: World) -> None:
+    arm = build_arm(ArmSpec("none", projector=None, ratio=1), LEVEL.shape, len(world.words), world.pretrained, 0)
+    packed, truth, streams = arm_logits(arm, world.test, torch.arange(len(world.test.pages)), "cpu", False)
+    page, position = (streams.target >= 0).nonzero(as_tuple=True)
+    second = streams.branch[page, position] == 1
+    inputs, alone_truth = prompts(world.test.pages, arm.tokens, torch.arange(len(world.test.pages)), 1, "cpu")
+    with torch.no_grad():
+        alone = arm.model(**inputs).logits[:, -1]
+    assert alone_truth.tolist() == truth[second].tolist()
+    torch.testing.assert_close(packed[second], alone, rtol=1e-3, atol=1e-4)

@@ -22,8 +22,17 @@ from benchmarks.proof.arms import ArmSpec
 from benchmarks.proof.claims import CLAIMS, DETAIL
 from benchmarks.proof.levels import LEVELS, TINY
 from benchmarks.proof.pages import task_groups, task_names
-from benchmarks.proof.report import Results, claim_rows, paper_scores, recovery_rows, suite_table, tuning_rows
-from benchmarks.proof.runner import Job, arms_of, read_lines, tuned_arms, validation_mean
+from benchmarks.proof.report import (
+    Results,
+    claim_rows,
+    paper_scores,
+    pruned_rows,
+    recovery_rows,
+    stage_rows,
+    suite_table,
+    tuning_rows,
+)
+from benchmarks.proof.runner import Job, arms_of, read_lines, stages_file, tuned_arms, validation_mean
 from benchmarks.proof.suites import SUITES, TUNING_RATES, TUNING_SEED, interaction, tuning_arms
 
 LEVEL = replace(TINY, name="fixture")
@@ -39,6 +48,7 @@ def line(arm: ArmSpec, seed: int, score: float) -> dict[str, Any]:
     # every arm goes up and down over tasks in a way of its own, or a paired test would have nothing to weigh
     wave = len(json.dumps(arm.recipe()))
     test = {task: round(score + 0.002 * ((i * wave + seed) % 7), 4) for i, task in enumerate(TASKS)}
+    pruned = {"none": {"test": test}, "FastV 1/4": {"test": test, "tokens": 63.0, "forward_ratio": 1.5}}
     inside = {"density": [1.0] * 8, "forgetting": {"remembered": [0.9] * 9, "plain": [0.5] * 9, "commonest": 0.3}}
     return {
         "key": Job(arm, seed).key(LEVEL),
@@ -47,6 +57,8 @@ def line(arm: ArmSpec, seed: int, score: float) -> dict[str, Any]:
         "tokens": 144 // arm.ratio,
         "parameters": {"projector": 10, "blocks": 1234567, "decoder": 30},
         "prefill_ratio": 1.25 if arm.layers else 1.0,
+        "forward_ratio": 1.125 if arm.layers else 1.0,
+        **({"pruned": pruned} if arm.projector is None else {}),
         "curve": {"steps": [1], "losses": [1.0], "validation": [test]},
         "test": test,
         "inside": inside,
@@ -62,6 +74,8 @@ def path(tmp_path: Path) -> Path:
         lines += [line(arm, TUNING_SEED, 0.6 if arm.lr == best else 0.5) for arm in tuning_arms(name)]
     file = tmp_path / "lines.jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    reads = {side: {"1": 0.99, side: 0.9} for side in ("2", "3", "4")}
+    stages_file(file).write_text(json.dumps({"encoder": {"written_cells": 0.98}, "reads": reads, "curves": {}}))
     for arm in arms_of(SUITES, LEVEL, file):
         # an arm that two tables share is found by what it is, not by what it is called
         known = next((name for name in SCORES if _spec(name).recipe() == arm.recipe()), None)
@@ -186,11 +200,26 @@ def test_a_claim_that_fails_is_reported_as_failed(path: Path) -> None:
     assert found["difference, points"].startswith("-")
 
 
+def test_pruners_stand_beside_the_arm_that_they_prune(results: Results) -> None:
+    rows = pruned_rows(results)
+    assert [cells(row)[0] for row in rows[2:]] == ["none", "FastV 1/4"]
+    assert (cells(rows[2])[1:3], cells(rows[3])[1:3]) == (["144", "1.00"], ["63.0", "1.50"])
+    means = [detail_of("no compression", seed) for seed in SEEDS]
+    assert row_of(rows, "FastV 1/4")[DETAIL].startswith(f"{statistics.fmean(means):.1f}")
+
+
+def test_a_ratio_that_no_decoder_reads_is_named(path: Path) -> None:
+    level = replace(LEVEL, reads_enough=0.95)
+    assert [cells(row)[-1] for row in stage_rows(Results(path, level, tuned=False))[2:]] == ["left out: below 95 %"] * 3
+    assert [cells(row)[-1] for row in stage_rows(Results(path, LEVEL))[2:]] == ["run"] * 3
+
+
 def test_the_rates_that_were_tried_are_shown(results: Results) -> None:
     rows = tuning_rows(results)
     assert len(rows) == 2 + len(BEST)
     for row, best in zip(rows[2:], BEST.values(), strict=True):
-        values = [float(cell) for cell in cells(row)[1:]]
+        values = [float(cell.split("]")[0].strip("[")) for cell in cells(row)[1:]]
+        assert all("lines.jsonl#L" in cell for cell in cells(row)[1:])
         assert max(values) == values[TUNING_RATES.index(best)]
         assert values[TUNING_RATES.index(best)] - min(values) == pytest.approx(10, abs=1)
 

@@ -52,6 +52,11 @@ class ArmSpec:
     control: Control | None = None
     lr: float | None = None
 
+    @property
+    def cells(self) -> int:
+        """Cells per side of a token that the arm's decoder has learned to read."""
+        return max(2, math.isqrt(self.ratio))
+
     def recipe(self) -> dict[str, Any]:
         """Everything but the name: arms of two tables that agree in it are run once."""
         recipe = asdict(self)
@@ -170,10 +175,21 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def build_arm(spec: ArmSpec, shape: Shape, words: int, pretrained: Pretrained, seed: int, device: str = "cpu") -> Arm:
-    """Builds an arm on the pretrained encoder and decoder; the seed draws the projector and the arm's own blocks."""
+def build_arm(
+    spec: ArmSpec,
+    shape: Shape,
+    words: int,
+    pretrained: Mapping[int, Pretrained],
+    seed: int,
+    device: str = "cpu",
+) -> Arm:
+    """Builds an arm on the pretrained encoder and the decoder of its ratio.
+
+    Without compression that is the decoder of the first ratio. The seed draws the projector and the arm's own blocks.
+    """
     model = build_model(shape, words, seed)
-    kept = {key: value for key, value in pretrained.model.items() if "multi_modal_projector" not in key}
+    start = pretrained[spec.cells]
+    kept = {key: value for key, value in start.model.items() if "multi_modal_projector" not in key}
     model.load_state_dict({**model.state_dict(), **kept})
     torch.manual_seed(seed)
     grid, tokens = (shape.grid, shape.grid), shape.grid**2
@@ -191,7 +207,7 @@ def build_arm(spec: ArmSpec, shape: Shape, words: int, pretrained: Pretrained, s
             interaction.vr_out = nn.Sequential(interaction.vr_out, Gate())
     projector = count_parameters(model.model.multi_modal_projector)
     places = TokenPlaces(shape.grid, shape.text_width)
-    places.load_state_dict(pretrained.places)
+    places.load_state_dict(start.places)
     add_places(model, places)
     model.requires_grad_(True)
     model.model.vision_tower.requires_grad_(False)

@@ -5,32 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vision_remember import attach_vision_remember, attention_density, forgetting_curve
 
 from .arms import Arm
-from .train import Set, World
-from .words import IMAGE, PAD
+from .prompts import prompts
+from .train import World
 
 PAGES = 96
-
-
-def real_inputs(arm: Arm, data: Set, pages: Tensor, device: str) -> dict[str, Tensor]:
-    """Pages with their first questions as the model's own forward takes them: pixels in, prompts padded on the left."""
-    streams = data.pages.streams
-    prompts = []
-    for page in pages.tolist():
-        asked = int((streams.target[page] >= 0).nonzero()[0]) + 1  # up to the position that answers
-        prompts.append([IMAGE] * arm.tokens + streams.tokens[page, :asked].tolist())
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[PAD] * more + prompt for more, prompt in zip(padding, prompts, strict=True)])
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": (torch.arange(longest) >= torch.tensor(padding)[:, None]).long().to(device),
-        "pixel_values": data.pages.pixel_values(pages).to(device),
-    }
 
 
 @torch.no_grad()
@@ -42,7 +24,7 @@ def look_inside(arm: Arm, world: World) -> dict[str, Any]:
     level = world.level
     step = max(1, len(world.test.pages) // PAGES)
     pages = torch.arange(0, len(world.test.pages), step)[:PAGES]
-    inputs = real_inputs(arm, world.test, pages, level.device)
+    inputs, _ = prompts(world.test.pages, arm.tokens, pages, 0, level.device)
     arm.model.eval()
     density = attention_density(arm.model, inputs).per_layer()
     found: dict[str, Any] = {"density": [round(value, 4) for value in density.tolist()]}

@@ -30,6 +30,17 @@ class Shape:
     heads: int = 4
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecoderRecipe(Recipe):
+    """How the decoder of one compression ratio is pretrained.
+
+    Attributes:
+        side: Cells per side of the tokens that it learns to read, besides those of one cell.
+    """
+
+    side: int
+
+
 @dataclass(frozen=True)
 class Level:
     """Everything that decides a proof's numbers.
@@ -45,7 +56,8 @@ class Level:
         validation_pages: Pages per task behind every choice and every curve.
         test_pages: Pages per task behind the tables; no choice looks at them.
         encoder: How the encoder is pretrained.
-        decoder: How the decoder is pretrained.
+        decoders: How the decoders are pretrained, one per compression ratio, each from the one before.
+        reads_enough: Share of look-ups on new pages that a decoder has to get right for its arms to be run.
         arm: How every arm is trained.
         check_every: Steps between two points of a curve.
         prefill_repeats: Timed forward passes per arm.
@@ -64,7 +76,12 @@ class Level:
     validation_pages: int = 16
     test_pages: int = 48
     encoder: Recipe = field(default_factory=lambda: Recipe(steps=400, batch=32))
-    decoder: Recipe = field(default_factory=lambda: Recipe(steps=2000, batch=32, warmup=100))
+    decoders: tuple[DecoderRecipe, ...] = (
+        DecoderRecipe(side=2, steps=1000, batch=32),
+        DecoderRecipe(side=3, steps=2000, batch=32),
+        DecoderRecipe(side=4, steps=2000, batch=32),
+    )
+    reads_enough: float = 0.8
     arm: Recipe = field(default_factory=lambda: Recipe(steps=200, batch=16))
     check_every: int = 50
     prefill_repeats: int = 15
@@ -73,7 +90,16 @@ class Level:
     half: bool = False
 
 
-CPU = Level("cpu")
+CPU = Level(
+    "cpu",
+    tasks=(
+        *("figures", "attribute"),
+        *("arrows", "gear_board"),
+        *("characters", "digits", "gauges"),
+        *("boxes", "marked_patch"),
+    ),
+)
+"""Tasks that a small decoder learns in minutes: what stands in a cell that the question names, or beside a name."""
 GPU = Level(
     "gpu",
     shape=Shape(grid=24, cell=8, vision_width=256, vision_layers=12, text_width=512, text_layers=12, heads=8),
@@ -83,7 +109,7 @@ GPU = Level(
     validation_pages=32,
     test_pages=128,
     encoder=Recipe(steps=2000, batch=128, lr=5e-4),
-    decoder=Recipe(steps=6000, batch=128, lr=5e-4, warmup=300),
+    decoders=tuple(DecoderRecipe(side=side, steps=4000, batch=128, lr=5e-4, warmup=300) for side in (2, 3, 4)),
     arm=Recipe(steps=800, batch=64, lr=5e-4, warmup=80),
     check_every=100,
     device="cuda",
@@ -98,7 +124,8 @@ TINY = replace(
     validation_pages=2,
     test_pages=4,
     encoder=Recipe(steps=2, batch=4),
-    decoder=Recipe(steps=4, batch=4),
+    decoders=tuple(DecoderRecipe(side=side, steps=4, batch=4) for side in (2, 3, 4)),
+    reads_enough=0.0,
     arm=Recipe(steps=3, batch=4),
     check_every=2,
     prefill_repeats=2,

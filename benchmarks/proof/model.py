@@ -24,8 +24,9 @@ WINDOW = 8
 class TokenPlaces(nn.Module):
     """Adds to every vision token where it lies on the page: a learned row plus a learned column.
 
-    A pooled token gets the mean of the places it covers. The decoder meets these embeddings in its pretraining, so that
-    no arm has to find out within its few steps how a projector should write a place.
+    A pooled token gets the mean of the places it covers, as loud as the place of a single cell. The decoder meets these
+    embeddings in its pretraining, so that no arm has to find out within its few steps how a projector should write a
+    place.
 
     Args:
         grid: Cells per side of the page.
@@ -44,7 +45,8 @@ class TokenPlaces(nn.Module):
     def table(self, side: int | None = None) -> Tensor:
         """(side * side, D), places of tokens that cover the page; None for one token per cell."""
         side = side or len(self.row)
-        row, column = (F.adaptive_avg_pool1d(part.T, side).T for part in (self.row, self.column))
+        louder = math.sqrt(len(self.row) / side)
+        row, column = (louder * F.adaptive_avg_pool1d(part.T, side).T for part in (self.row, self.column))
         return (row[:, None] + column[None, :]).flatten(0, 1)
 
 

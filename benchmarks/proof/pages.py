@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +12,12 @@ from torch import Tensor
 
 from .levels import Level
 from .words import Streams, Words, stream
+
+if TYPE_CHECKING:
+    from vision_remember.synth import Board
+
+BLANK_LABEL = 0
+"""Number of the label of empty paper."""
 
 SYMBOLS_FROM = 1_000_000
 VALIDATION_FROM = 2_000_000
@@ -71,6 +78,13 @@ def task_groups(names: Sequence[str]) -> dict[str, str]:
     from vision_remember.synth import TASKS
 
     return {name: TASKS[name].group for name in names}
+
+
+def read_boards(names: Sequence[str]) -> tuple[Board, ...]:
+    """The boards among some tasks."""
+    from vision_remember.synth import TASKS
+
+    return tuple(board for name in names if (board := TASKS[name].board) is not None)
 
 
 def build_words(level: Level) -> Words:

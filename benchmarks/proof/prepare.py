@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -24,6 +24,7 @@ from .symbols import pretrain_decoder
 from .train import Set, World
 
 PRETRAINING_SEED = 0
+STAGES = [Path(__file__).with_name(f"{name}.py") for name in ("encoder", "model", "pages", "symbols", "words")]
 SETS = ("train", "validation", "test")
 
 
@@ -40,7 +41,7 @@ class Workshop:
         self.words, self.labels, self.tasks = build_words(level), label_names(), task_names(level)
         self._cache = Cache(folder)
         self._base = {
-            "pages": source_digest([Path(str(vision_remember.synth.__file__)).parent]),
+            "sources": source_digest([Path(str(vision_remember.synth.__file__)).parent, *STAGES]),
             "shape": asdict(level.shape),
             "tasks": list(self.tasks),
             "detail": level.detail,
@@ -92,29 +93,41 @@ class Workshop:
 
         return self._kept("encoder", {"recipe": asdict(recipe), "pages": self.level.train_pages}, make)
 
-    def decoder(self) -> dict[str, Any]:
-        """Stage 2: weights under "model", the token places' under "places", and the "curve"."""
-        recipe = self.level.decoder
+    def decoder(self, side: int) -> dict[str, Any]:
+        """Stage 2, for tokens of side x side cells.
+
+        Returns:
+            Weights under "model", the token places' under "places", and what `pretrain_decoder` returns.
+        """
+        stages = self.level.decoders[: [recipe.side for recipe in self.level.decoders].index(side) + 1]
+        recipe = stages[-1]
 
         def make() -> dict[str, Any]:
             model = build_model(self.level.shape, len(self.words), PRETRAINING_SEED)
             places = TokenPlaces(self.level.shape.grid, self.level.shape.text_width)
-            with tqdm(total=recipe.steps, desc="decoder", leave=False) as bar:
-                curve = pretrain_decoder(
+            before = self.decoder(stages[-2].side) if len(stages) > 1 else None
+            if before is not None:
+                model.load_state_dict({**model.state_dict(), **before["model"]})
+                places.load_state_dict(before["places"])
+            with tqdm(total=recipe.steps, desc=f"decoder {side}x{side}", leave=False) as bar:
+                found = pretrain_decoder(
                     model,
                     places,
                     self.pages("symbols"),
                     self.labels,
                     self.words,
+                    self.tasks,
                     recipe,
                     PRETRAINING_SEED,
                     _steps(bar),
                     self.level.device,
+                    before and before["label_code"],
                 )
             weights = _weights(model, "vision_tower", False)
-            return {"model": weights, "places": places.cpu().state_dict(), "curve": curve}
+            return {"model": weights, "places": places.cpu().state_dict(), **found}
 
-        return self._kept("decoder", {"recipe": asdict(recipe), "pages": self.level.symbol_pages}, make)
+        key = {"recipes": [asdict(recipe) for recipe in stages], "pages": self.level.symbol_pages}
+        return self._kept(f"decoder {side}", key, make)
 
     def features(self, name: str) -> Features:
         """What the encoder says about "train", "validation" or "test"."""
@@ -127,32 +140,42 @@ class Workshop:
             encode(model, self.pages(name), self.level.device).save(path)
         return Features.load(path)
 
-    def world(self) -> World:
-        """All of it, made where it is missing."""
-        encoder, decoder = self.encoder(), self.decoder()
+    def world(self, sides: Iterable[int]) -> World:
+        """All of it for tokens of such sides, made where it is missing."""
+        encoder = self.encoder()["model"]
+        decoders = {side: self.decoder(side) for side in sides}
         train, validation, test = (Set(self.pages(name), self.features(name)) for name in SETS)
-        pretrained = Pretrained({**decoder["model"], **encoder["model"]}, decoder["places"])
+        pretrained = {
+            side: Pretrained({**decoder["model"], **encoder}, decoder["places"]) for side, decoder in decoders.items()
+        }
         return World(self.level, self.words, self.tasks, pretrained, train, validation, test)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, sides: Iterable[int]) -> dict[str, Any]:
         """What the stages before the arms came to."""
-        return {"encoder": self.encoder()["accuracy"], "decoder": self.decoder()["curve"]}
+        decoders = {str(side): self.decoder(side) for side in sides}
+        return {
+            "encoder": self.encoder()["accuracy"],
+            "reads": {side: decoder["reads"] for side, decoder in decoders.items()},
+            "curves": {side: decoder["curve"] for side, decoder in decoders.items()},
+        }
 
     def _kept(self, stage: str, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return self._cache.get(stage, self._base | key, make, on_hit=lambda: None)
 
 
-def prepare(level: Level, folder: Path, jobs: int) -> None:
-    """Makes everything, encoder and decoder side by side where two processes are allowed."""
+def prepare(level: Level, folder: Path, sides: Sequence[int], jobs: int) -> None:
+    """Makes everything for tokens of such sides, encoder and decoders side by side where two processes are allowed."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for done in [pool.submit(_stage, level, folder, name) for name in ("decoder", "encoder")]:
-            done.result()
-        pool.submit(_stage, level, folder, "world").result()
+        pool.submit(_stage, level, folder, "pages", "symbols").result()
+        decoders = pool.submit(_stage, level, folder, "decoder", max(sides))  # and those that it begins from
+        pool.submit(_stage, level, folder, "encoder").result()
+        decoders.result()
+        pool.submit(_stage, level, folder, "world", sides).result()
 
 
-def _stage(level: Level, folder: Path, name: str) -> None:
+def _stage(level: Level, folder: Path, name: str, *arguments: Any) -> None:
     torch.set_num_threads(level.threads)
-    getattr(Workshop(level, folder), name)()
+    getattr(Workshop(level, folder), name)(*arguments)
 
 
 def _steps(bar: tqdm[Any]) -> Iterable[tqdm[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from .claims import CLAIMS, DETAIL, Claim
 from .figures import density_figure, forgetting_figure, pareto_figure
 from .levels import LEVELS, Level
 from .pages import task_groups, task_names
-from .runner import Job, read_lines, tuned_arms
+from .runner import Job, read_lines, stages_file, tuned_arms
 from .statistics import Mean, compared, mean_of, recovered
 from .suites import INTERACTION_NAMES, SUITES, TUNING_RATES, TUNING_SEED, tuning_arms
 
@@ -29,6 +30,7 @@ TITLES = {
     "table4c": "Table 4c: where the blocks stand",
     "table5a": "Table 5a: against no compression, at three ratios",
     "controls": "Controls: as many parameters, as much compute",
+    "rivals": "Rivals: features added in place of attention, and tokens pruned without training",
 }
 _PAPER_4 = {
     "baseline (average pool)": ("4a", "baseline"),
@@ -59,6 +61,7 @@ class Results:
     def __init__(self, path: Path, level: Level, *, tuned: bool = True) -> None:
         self.path, self.level = path, level
         self.lines = read_lines(path)
+        self.stages: dict[str, Any] = json.loads(stages_file(path).read_text(encoding="utf-8"))
         self.number = {line["key"]: number for number, line in enumerate(self.lines, 1)}
         self.by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
         seeds = sorted({line["seed"] for line in self.lines if line["seed"] < TUNING_SEED})
@@ -85,9 +88,13 @@ class Results:
 
     def links(self, arm: str) -> str:
         """Links to the arm's lines."""
-        found = [(line["seed"], self.number[line["key"]]) for line in self.by_arm[arm]]
-        where = f"../{self.path.resolve().relative_to(ROOT)}" if self.path.resolve().is_relative_to(ROOT) else self.path
-        return ", ".join(f"[{seed}]({where}#L{number})" for seed, number in found)
+        return ", ".join(self.link(line, str(line["seed"])) for line in self.by_arm[arm])
+
+    def link(self, line: Mapping[str, Any], text: str) -> str:
+        """A link to a line."""
+        path = self.path.resolve()
+        where = f"../{path.relative_to(ROOT)}" if path.is_relative_to(ROOT) else self.path
+        return f"[{text}]({where}#L{self.number[line['key']]})"
 
 
 def suite_table(results: Results, suite: str) -> list[str]:
@@ -143,7 +150,8 @@ def claim_rows(results: Results) -> list[str]:
 
 
 def _claim_row(results: Results, claim: Claim) -> list[str]:
-    found = compared(results.by_arm[claim.better], results.by_arm[claim.worse], results.tasks(claim.group))
+    better, worse = results.by_arm[claim.better], results.by_arm[claim.worse]
+    found = compared(better, worse, results.tasks(claim.group), claim.margin)
     on = f" ({claim.group})" if claim.group else ""
     sides = f"{claim.better} {results.links(claim.better)} − {claim.worse} {results.links(claim.worse)}{on}"
     p = "–" if found.p is None else f"{found.p:.2g}"
@@ -183,13 +191,53 @@ def task_rows(results: Results) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
+def pruned_rows(results: Results) -> list[str]:
+    """The pruners on the arm that was trained without compression, question by question; beside them trained arms."""
+    rows = [["pruner", "tokens, mean over layers", "forward pass, to pooled 1/4", *GROUPS, "mean", "lines"]]
+    rows.append(["---"] * len(rows[0]))
+    lines = results.by_arm["no compression"]
+    for name in lines[0]["pruned"] if lines else ():
+        found = [line["pruned"][name] for line in lines]
+        times = [one["forward_ratio"] for one in found if "forward_ratio" in one]
+        tokens = [one["tokens"] for one in found if "tokens" in one]
+        groups = [_pruned_mean(found, [t for t in results.tasks(group) if t in found[0]["test"]]) for group in GROUPS]
+        rows.append([
+            name,
+            f"{statistics.fmean(tokens):.1f}" if tokens else str(lines[0]["tokens"]),
+            f"{statistics.median(times or [line['forward_ratio'] for line in lines]):.2f}",
+            *groups,
+            _pruned_mean(found, list(found[0]["test"])),
+            results.links("no compression"),
+        ])  # fmt: skip
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _pruned_mean(found: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
+    if not tasks:
+        return "–"
+    return str(mean_of([100 * statistics.fmean(one["test"][task] for task in tasks) for one in found]))
+
+
+def stage_rows(results: Results) -> list[str]:
+    """What the decoders read before any arm began, and which ratios were left out for it."""
+    rows = [["tokens of", "look-ups right, one cell a token", "look-ups right, such tokens", "arms"], ["---"] * 4]
+    for side, reads in results.stages["reads"].items():
+        run = reads[side] >= results.level.reads_enough
+        rows.append([f"{side} x {side} cells", f"{100 * reads['1']:.1f} %", f"{100 * reads[side]:.1f} %",
+                     "run" if run else f"left out: below {100 * results.level.reads_enough:.0f} %"])  # fmt: skip
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
 def tuning_rows(results: Results) -> list[str]:
     """Validation accuracy of each interaction at each learning rate."""
     known = {line["key"]: line for line in results.lines}
     rows = [["interaction", *(f"rate {rate:g}" for rate in TUNING_RATES)], ["---"] * (1 + len(TUNING_RATES))]
     for name in INTERACTION_NAMES:
         lines = [known.get(Job(arm, TUNING_SEED).key(results.level)) for arm in tuning_arms(name)]
-        last = ["–" if line is None else f"{100 * statistics.fmean(_last(line).values()):.1f}" for line in lines]
+        last = [
+            "–" if line is None else results.link(line, f"{100 * statistics.fmean(_last(line).values()):.1f}")
+            for line in lines
+        ]
         rows.append([INTERACTION_NAMES[name], *last])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
@@ -205,6 +253,10 @@ def written_part(results: Results) -> str:
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts = [
         f"Level `{results.level.name}`, seeds {results.seeds}, {len(results.lines)} lines; {said}.",
+        "The encoder named "
+        f"{100 * results.stages['encoder']['written_cells']:.1f} % of the written cells before the arms began. "
+        "The decoders answered from symbols:",
+        "\n".join(stage_rows(results)),
         "## What became of the paper's claims",
         "\n".join(claim_rows(results)),
         "## How much of the loss comes back",
@@ -214,6 +266,8 @@ def written_part(results: Results) -> str:
     ]
     for suite, title in TITLES.items():
         parts += [f"## {title}", "\n".join(suite_table(results, suite))]
+        if suite == "rivals":
+            parts += ["\n".join(pruned_rows(results))]
         if suite == "table4b":
             parts += ["Validation accuracy by learning rate, from which the rates above were chosen:",
                       "\n".join(tuning_rows(results))]  # fmt: skip

@@ -25,8 +25,9 @@ from .arms import ArmSpec
 from .insight import look_inside
 from .levels import Level
 from .prepare import Workshop, prepare
-from .suites import INTERACTION_NAMES, SUITES, TUNING_RATES, TUNING_SEED, distinct, interaction, tuning_arms
-from .train import World, run
+from .rivals import pruned
+from .suites import INTERACTION_NAMES, REMEMBER, SUITES, TUNING_RATES, TUNING_SEED, distinct, interaction, tuning_arms
+from .train import World, reference_arm, run
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def run_suites(
     names: Sequence[str], seeds: Sequence[int], level: Level, folder: Path, results: Path, jobs: int
 ) -> None:
-    """Runs what is missing of some suites.
+    """Runs what is missing of some suites, of the ratios whose decoder reads its tokens (`Level.reads_enough`).
 
     Args:
         names: Suites.
@@ -78,15 +79,37 @@ def run_suites(
         raise ValueError(
             f"seeds {list(seeds)}: expected 0..{TUNING_SEED - 1}; from {TUNING_SEED} on they are for choices"
         )
-    prepare(level, folder, jobs)
+    sides = sorted({arm.cells for name in names for arm in SUITES[name]})
+    prepare(level, folder, sides, jobs)
     results.parent.mkdir(parents=True, exist_ok=True)
-    if "table4b" in names:
+    reads = note_stages(Workshop(level, folder), sides, stages_file(results))
+    read = tuple(side for side in sides if reads[str(side)][str(side)] >= level.reads_enough)
+    if "table4b" in names and REMEMBER.cells in read:
         tuning = [Job(arm, TUNING_SEED) for name in INTERACTION_NAMES for arm in tuning_arms(name)]
         _run_jobs(tuning, level, folder, results, jobs)
     # Seed after seed, so that a run that is stopped has whole seeds.
-    _run_jobs(
-        [Job(arm, seed) for seed in seeds for arm in arms_of(names, level, results)], level, folder, results, jobs
-    )
+    arms = [arm for arm in arms_of(names, level, results) if arm.cells in read]
+    _run_jobs([Job(arm, seed) for seed in seeds for arm in arms], level, folder, results, jobs)
+
+
+def note_stages(workshop: Workshop, sides: Iterable[int], path: Path) -> dict[str, Any]:
+    """Writes what encoder and decoders had learned before the arms, beside what is known of other decoders.
+
+    Returns:
+        What the decoders read, by side.
+    """
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = workshop.facts(sides)
+    for part in ("reads", "curves"):
+        found[part] = {**known.get(part, {}), **found[part]}
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    reads: dict[str, Any] = found["reads"]
+    return reads
+
+
+def stages_file(results: Path) -> Path:
+    """Where it stands what encoder and decoders had learned before the runs of a results file."""
+    return results.with_suffix(".stages.json")
 
 
 def arms_of(names: Iterable[str], level: Level, results: Path) -> list[ArmSpec]:
@@ -132,15 +155,17 @@ def _run_jobs(wanted: Sequence[Job], level: Level, folder: Path, results: Path, 
 
 
 @cache
-def _world(level: Level, folder: Path) -> World:
-    return Workshop(level, folder).world()
+def _world(level: Level, folder: Path, side: int) -> World:
+    return Workshop(level, folder).world(sorted({2, side}))
 
 
 def run_job(job: Job, level: Level, folder: Path) -> dict[str, Any]:
     """One line of the results."""
     torch.set_num_threads(level.threads)
-    world = _world(level, folder)
+    world = _world(level, folder, job.spec.cells)
     arm, found = run(job.spec, job.seed, world, _silent(level.arm.steps))
+    if job.spec.projector is None:
+        found["pruned"] = pruned(arm, reference_arm(world, job.seed), world)
     return {
         "key": job.key(level),
         "level": level.name,

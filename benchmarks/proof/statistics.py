@@ -48,24 +48,31 @@ class Comparison:
         difference: Mean of the paired differences, in points.
         p: Of a two-sided paired t-test over (seed, task); None where all differences are equal.
         pairs: How many.
+        margin: Points that the first arm may lose and still be called no worse; the test is against that loss then.
     """
 
     difference: float
     p: float | None
     pairs: int
+    margin: float = 0.0
 
     @property
     def verdict(self) -> Verdict:
-        """Of the claim that the first arm is better."""
+        """Of the claim that the first arm is better, or no worse."""
         if self.p is None:
-            return "does not hold" if abs(self.difference) < _ROUNDING else "undecided"
+            if abs(self.difference) >= _ROUNDING:
+                return "undecided"
+            return "holds" if self.margin else "does not hold"
         if self.p >= _ALPHA:
             return "undecided"
-        return "holds" if self.difference > 0 else "the opposite holds"
+        return "holds" if self.difference > -self.margin else "the opposite holds"
 
 
 def compared(
-    better: Sequence[Mapping[str, Any]], worse: Sequence[Mapping[str, Any]], tasks: Sequence[str]
+    better: Sequence[Mapping[str, Any]],
+    worse: Sequence[Mapping[str, Any]],
+    tasks: Sequence[str],
+    margin: float | None = None,
 ) -> Comparison:
     """Pairs the runs of two arms by seed and task.
 
@@ -73,6 +80,7 @@ def compared(
         better: Lines of the arm that is claimed to be better.
         worse: Lines of the other.
         tasks: Which accuracies to pair.
+        margin: Points that the first may lose and still be no worse; None where it has to be better.
 
     Raises:
         ValueError: no seed that both have.
@@ -86,8 +94,9 @@ def compared(
     differences = [a - b for a, b in zip(one, other, strict=True)]
     # Differences that are equal up to rounding have no spread to test against.
     equal = max(differences) - min(differences) < _ROUNDING
-    p = None if equal else float(stats.ttest_rel(one, other).pvalue)
-    return Comparison(statistics.fmean(differences), p, len(differences))
+    lost = margin or 0.0
+    p = None if equal else float(stats.ttest_1samp(differences, -lost).pvalue)
+    return Comparison(statistics.fmean(differences), p, len(differences), lost)
 
 
 def recovered(lines: Lines, pooled: Lines, whole: Lines, tasks: Sequence[str]) -> Mean:

@@ -88,6 +88,11 @@ def _controls() -> list[ArmSpec]:
     ]
 
 
+def _rivals() -> list[ArmSpec]:
+    deepstack = replace(REMEMBER, name="DeepStack", overrides={"interaction": "deepstack"})
+    return [*_table5a()[:3], deepstack]
+
+
 SUITES = {
     "table2": _table2(),
     "table4a": _table4a(),
@@ -95,6 +100,7 @@ SUITES = {
     "table4c": _table4c(),
     "table5a": _table5a(),
     "controls": _controls(),
+    "rivals": _rivals(),
 }
 """Arms by suite. Those of table 4b take the learning rate that their own tuning chose."""
 

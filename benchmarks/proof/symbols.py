@@ -1,7 +1,9 @@
 """Stage 2: the decoder learns to answer from symbols, before it sees a single picture.
 
-A page is written as one vector per vision token that names the labels of the cells under it: of one cell, or of 4, 9 or
-16 at once, so that no compression ratio meets a decoder that has never read tokens as full as its own.
+A page is written as one vector per vision token that names the labels of the cells under it. One decoder is made for
+each compression ratio: it reads tokens that name one cell, as uncompressed tokens do, and tokens that name as many
+cells as that ratio pools, each cell in a subspace of its own. No arm meets a decoder that has never read tokens as full
+as its own, and all arms of a ratio meet the same. A ratio's decoder goes on from that of the ratio before.
 """
 
 from __future__ import annotations
@@ -9,23 +11,23 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from examples.demo.schedule import Bars, Recipe, optimise
+from examples.demo.schedule import Bars, optimise
 
+from .levels import DecoderRecipe
 from .model import EMBEDDING_STD, TokenPlaces, answer_logits
-from .pages import Pages
-from .words import Streams, Words
+from .pages import BLANK_LABEL, Pages, read_boards
+from .words import IGNORE, Streams, Words
 
-FIRST_TOKENS, LOOKUPS, ENOUGH = 6, 24, 0.85
-FIRST_SHARE, DOUBLE_AFTER = 0.1, 80
-
-SIDES = {1: 0.25, 2: 0.35, 3: 0.2, 4: 0.2}
-"""Cells per side of a token, and how often a step is written so."""
+FIRST_TOKENS, MOST_TOKENS, FIRST_CELLS, LOOKUPS, ENOUGH = 6, 36, 2, 24, 0.85
+LOUDNESS = 0.7
+TASKS_EVERY = 5
 
 
 class PageCode(nn.Module):
@@ -37,100 +39,135 @@ class PageCode(nn.Module):
         labels: Names of the labels.
         words: The vocabulary.
         grid: Cells per side of a page.
+        side: Cells per side of the tokens that are read besides those of one cell.
     """
 
     def __init__(
-        self, embed: nn.Embedding, places: TokenPlaces, labels: Sequence[str], words: Words, grid: int
+        self, embed: nn.Embedding, places: TokenPlaces, labels: Sequence[str], words: Words, grid: int, side: int
     ) -> None:
         super().__init__()
-        self.places, self.grid = places, grid
-        width = embed.embedding_dim
+        self.places, self.grid, self.side = places, grid, side
+        width, count = embed.embedding_dim, side**2
         self.label = nn.Parameter(0.5 * EMBEDDING_STD * torch.randn(len(labels), width))
         with torch.no_grad():  # a label starts from the words that name it
             for index, name in enumerate(labels):
                 known = [words.number(word) for word in name.replace("_", " ").lower().split() if word in words]
                 if known:
-                    self.label[index] += embed.weight[known].sum(0)
-        for cells in SIDES:
-            turns = torch.eye(width)[None] if cells == 1 else torch.linalg.qr(torch.randn(cells**2, width, width)).Q
-            self.register_buffer(f"turns_{cells}", turns)
+                    self.label[index] += embed.weight[known].sum(0) / math.sqrt(len(known))
+        # Each cell of a token writes a few directions of its own, so that a narrow decoder can tell the cells apart.
+        part = width // count
+        to = torch.linalg.qr(torch.randn(width, width)).Q[: count * part].view(count, part, width)
+        by = torch.linalg.qr(torch.randn(count, width, part)).Q
+        self.register_buffer("turns", LOUDNESS * math.sqrt(width / part) * by @ to)
 
     def forward(self, labels: Tensor, cells: int) -> Tensor:
-        """(B, grid, grid) labels, each token naming cells x cells of them -> (B, tokens, width)."""
+        """(B, grid, grid) labels, each token naming cells x cells of them, 1 or `side` -> (B, tokens, width)."""
         side = self.grid // cells
         blocks = labels.view(-1, side, cells, side, cells).transpose(2, 3).reshape(len(labels), side**2, cells**2)
-        content = torch.einsum("bnjd,jde->bne", self.label[blocks.long()], self.get_buffer(f"turns_{cells}"))
-        return self.places(content)
+        content = self.label[blocks.long()] * (blocks != BLANK_LABEL)[..., None]  # empty paper says nothing
+        if cells == 1:
+            return self.places(content[:, :, 0])
+        return self.places(torch.einsum("bnjd,jde->bne", content, self.get_buffer("turns")))
 
 
 class Lookup:
-    """Pages of random characters, and what stands in a cell: the first thing that the decoder learns.
-
-    Begins with a few tokens of a page and doubles their number whenever the decoder reads them; then tokens that hold
-    more cells are met in the same way. With whole pages at once nothing is learned in a thousand steps.
+    """Boards with contents of all kinds mixed, and questions about what stands in a cell.
 
     Args:
         labels: Names of the labels.
         words: The vocabulary.
         grid: Cells per side of a page.
+        tasks: Names of the level's tasks, of which the boards count.
     """
 
-    def __init__(self, labels: Sequence[str], words: Words, grid: int) -> None:
-        named = [(index, name.split()[-1]) for index, name in enumerate(labels) if len(name.split()[-1]) == 1]
-        self.labels = torch.tensor([index for index, _ in named])
-        self.words = torch.tensor([words.number(name) for _, name in named])
+    def __init__(self, labels: Sequence[str], words: Words, grid: int, tasks: Sequence[str]) -> None:
+        asked = [
+            (labels.index(content), words.number(word), words.number(aspect.of(content)))
+            for board in read_boards(tasks)
+            for content in board.contents
+            for word, aspect in board.aspects.items()
+        ]
+        self.label, self.asks, self.answer = torch.tensor(sorted(set(asked))).T
         self.first_cell, self.grid = words.first_cell, grid
-        self.read: list[int] = []
-        self.shown, self._recent = FIRST_TOKENS, [0.0]
 
-    @property
-    def next(self) -> int | None:
-        """Cells per side of the tokens that are being learned; None when all are."""
-        return next((cells for cells in SIDES if cells not in self.read), None)
+    def draw(
+        self, batch: int, cells: int, shown: int, filled: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Streams]:
+        """Random boards and questions about them.
 
-    def learned(self, accuracy: float) -> None:
+        Args:
+            batch: B.
+            cells: Cells per side of a token.
+            shown: Tokens that are shown.
+            filled: Share of cells that hold something; only such cells are asked for.
+            generator: Draws.
+
+        Returns:
+            Labels (B, grid, grid), the tokens that are shown (B, shown), in order, and the questions.
+        """
+        side, count = self.grid // cells, self.grid**2
+        drawn = torch.randint(len(self.label), (batch, count), generator=generator)
+        order = torch.rand(batch, side**2, generator=generator).argsort(1)[:, :shown].sort(1).values
+        row, column = torch.arange(count) // self.grid, torch.arange(count) % self.grid
+        seen = torch.zeros(batch, side**2).scatter_(1, order, 1.0)[:, row // cells * side + column // cells]
+        holds = torch.rand(batch, count, generator=generator) < filled
+        # a page on which no cell is filled and shown is filled whole
+        holds |= ~(holds & (seen > 0)).any(1, keepdim=True)
+        cell = torch.multinomial(seen * holds, LOOKUPS, replacement=True, generator=generator)
+        kind = drawn.gather(1, cell)
+        tokens = torch.stack([self.asks[kind], self.first_cell + cell], dim=-1).flatten(1)
+        target = torch.stack([torch.full_like(kind, IGNORE), self.answer[kind]], dim=-1).flatten(1)
+        branch = torch.arange(LOOKUPS).repeat_interleave(2).expand(batch, -1)
+        place = torch.arange(2).repeat(LOOKUPS).expand(batch, -1)
+        pages = self.label[drawn].where(holds, torch.full_like(drawn, BLANK_LABEL)).view(batch, self.grid, self.grid)
+        return pages, order, Streams(tokens, branch, place, target)
+
+
+class Curriculum:
+    """What is shown grows as it is read: the tokens of a page, then the cells that its tokens hold.
+
+    With whole pages at once nothing is learned in a thousand steps.
+
+    Args:
+        side: Cells per side of the tokens that are learned after those of one cell.
+        reads_cells: Whether those of one cell are read already.
+    """
+
+    def __init__(self, side: int, reads_cells: bool = False) -> None:
+        self.reads_cells = reads_cells
+        self.shown = MOST_TOKENS if reads_cells else FIRST_TOKENS
+        self.filled = FIRST_CELLS / side**2
+        self._recent: list[float] = []
+
+    def note(self, accuracy: float) -> None:
         """Notes the accuracy of a step on what is being learned."""
         self._recent = [*self._recent[-2:], accuracy]
-        cells = self.next
-        if cells is None or len(self._recent) < 3 or min(self._recent) < ENOUGH:
+        if len(self._recent) < 3 or min(self._recent) < ENOUGH:
             return
-        tokens = (self.grid // cells) ** 2
-        if self.shown >= tokens:
-            self.read.append(cells)
-            self.shown = FIRST_TOKENS
+        self._recent = []
+        if self.reads_cells:
+            self.filled = min(1.0, 1.5 * self.filled)
         else:
-            self.shown = min(tokens, 2 * self.shown)
-        self._recent = [0.0]
-
-    def draw(self, batch: int, cells: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Streams]:
-        """Labels (batch, grid, grid), the tokens that are shown (batch, shown), in order, and questions about them."""
-        side, count = self.grid // cells, self.grid**2
-        shown = self.shown if cells == self.next else side**2
-        chosen = torch.randint(len(self.labels), (batch, count), generator=generator)
-        order = torch.rand(batch, side**2, generator=generator).argsort(1)[:, :shown].sort(1).values
-        token = order.gather(1, torch.randint(order.shape[1], (batch, LOOKUPS), generator=generator))
-        inside = torch.randint(cells**2, (batch, LOOKUPS), generator=generator)
-        row, column = token // side * cells + inside // cells, token % side * cells + inside % cells
-        asked = row * self.grid + column
-        branch = torch.arange(LOOKUPS).expand(batch, -1)
-        streams = Streams(
-            self.first_cell + asked, branch, torch.zeros_like(branch), self.words[chosen.gather(1, asked)]
-        )
-        return self.labels[chosen].view(batch, self.grid, self.grid), order, streams
+            self.reads_cells = self.shown == MOST_TOKENS
+            self.shown = min(MOST_TOKENS, 2 * self.shown)
 
 
-def task_tokens(step: int, cells: int, grid: int) -> int:
-    """How many tokens of a task's page are shown at a step: few at first, in the end all."""
-    tokens = (grid // cells) ** 2
-    return min(tokens, math.ceil(tokens * FIRST_SHARE * 2 ** (step // DOUBLE_AFTER)))
-
-
-def written_first(labels: Tensor, cells: int, count: int, generator: torch.Generator) -> Tensor:
-    """(B, count) tokens of pages (B, grid, grid), in order: first those that hold something, then any others."""
-    side = labels.shape[1] // cells
-    written = (labels > 1).view(-1, side, cells, side, cells).any(4).any(2).flatten(1)
-    draw = torch.rand(written.shape, generator=generator) - written.float()
-    return draw.argsort(1)[:, :count].sort(1).values
+def look_up(
+    model: LlavaForConditionalGeneration,
+    code: PageCode,
+    lookup: Lookup,
+    cells: int,
+    batch: int,
+    shown: int,
+    filled: float,
+    generator: torch.Generator,
+    device: str,
+) -> tuple[Tensor, Tensor]:
+    """Logits and right words of a step's look-ups."""
+    drawn, order, streams = lookup.draw(batch, cells, shown, filled, generator)
+    vision = code(drawn.to(device), cells)
+    vision = vision.gather(1, order.to(device)[..., None].expand(-1, -1, vision.shape[2]))
+    return answer_logits(model, vision, streams.to(device))
 
 
 def pretrain_decoder(
@@ -139,61 +176,72 @@ def pretrain_decoder(
     pages: Pages,
     labels: Sequence[str],
     words: Words,
-    recipe: Recipe,
+    tasks: Sequence[str],
+    recipe: DecoderRecipe,
     seed: int,
     bars: Bars,
     device: str,
-) -> dict[str, list[tuple[int, float, float]]]:
-    """Trains the decoder and the places in place: first to look single cells up, then that and the tasks by turns.
+    label_code: Tensor | None = None,
+) -> dict[str, Any]:
+    """Trains the decoder and the places in place, to read tokens of one cell and of `recipe.side` cells per side.
+
+    Args:
+        model: Its decoder trains.
+        places: The tokens' places.
+        pages: Pages of the tasks, as symbols.
+        labels: Names of the labels.
+        words: The vocabulary.
+        tasks: Names of the tasks.
+        recipe: How long, and for which tokens.
+        seed: Draws the code and the pages.
+        bars: The stage's progress bar, once per step.
+        device: Where it runs.
+        label_code: The "label_code" of the stage before, whose decoder and places these are; None for the first.
 
     Returns:
-        By cells per token, of the tasks: step, loss and accuracy per answer word, mean over the steps since the last
-        such point.
+        "reads": by cells per token, the share of look-ups on whole new pages that are right. "curve": by what was
+        trained, step, loss and accuracy per answer word, means over the steps since the last such point. "label_code":
+        how labels are written.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     decoder = model.model.language_model
-    grid = pages.labels.shape[1]
-    with torch.no_grad():  # a cell's name starts from its place
-        start = words.first_cell
-        decoder.embed_tokens.weight[start : start + grid**2] = places.table()
-    code = PageCode(decoder.embed_tokens, places, labels, words, grid)
+    grid, side = pages.labels.shape[1], recipe.side
+    code = PageCode(decoder.embed_tokens, places, labels, words, grid, side)
+    curriculum = Curriculum(side, label_code is not None)
+    with torch.no_grad():
+        names = decoder.embed_tokens.weight[words.first_cell : words.first_cell + grid**2]
+        if label_code is None:
+            names.copy_(places.table())  # a cell's name starts from its place
+        else:
+            code.label.copy_(label_code)
+        # and says besides which of its token's cells it is
+        row, column = torch.arange(grid**2) // grid, torch.arange(grid**2) % grid
+        names += (EMBEDDING_STD * torch.randn(side**2, names.shape[1]))[row % side * side + column % side]
     trained = nn.ModuleList([decoder, model.lm_head, code]).to(device)
-    lookup = Lookup(labels, words, grid)
+    lookup = Lookup(labels, words, grid, tasks)
+    whole = (grid // side) ** 2
     recent: dict[str, list[tuple[float, float]]] = {}
     curve: dict[str, list[tuple[int, float, float]]] = {}
     turn = itertools.count()
-    steps_on_tasks = dict.fromkeys(SIDES, 0)
 
     def loss_of_step() -> Tensor:
-        learning, number = lookup.next, next(turn)
-        # What is being learned takes every other step, the tasks what is left.
-        looks_up = not lookup.read or number % (4 if learning is None else 2) == 0
-        if looks_up and learning is not None:
-            cells = learning
-        else:
-            share = torch.tensor([SIDES[cells] for cells in lookup.read])
-            cells = lookup.read[int(torch.multinomial(share, 1, generator=generator))]
-        if looks_up:
-            drawn, shown, streams = lookup.draw(recipe.batch, cells, generator)
-            vision = code(drawn.to(device), cells)
-            vision = vision.gather(1, shown.to(device)[..., None].expand(-1, -1, vision.shape[2]))
-        else:
-            # Pages of single cells are four times as long as the next.
-            count = recipe.batch // 2 if cells == 1 else recipe.batch
-            batch = torch.randint(len(pages), (count,), generator=generator)
+        number = next(turn)
+        learning = f"look-up {side}x{side}" if curriculum.reads_cells else "look-up 1x1"
+        cells = side if curriculum.reads_cells and number % 4 else 1
+        if curriculum.reads_cells and number % TASKS_EVERY == 0:
+            name = f"tasks {cells}x{cells}"
+            batch = torch.randint(len(pages), (recipe.batch // 2,), generator=generator)
             vision, streams = code(pages.labels[batch].to(device), cells), pages.streams[batch]
-            shown = written_first(
-                pages.labels[batch], cells, task_tokens(steps_on_tasks[cells], cells, grid), generator
-            )
-            vision = vision.gather(1, shown.to(device)[..., None].expand(-1, -1, vision.shape[2]))
-            steps_on_tasks[cells] += 1
-        logits, truth = answer_logits(model, vision, streams.to(device))
+            logits, truth = answer_logits(model, vision, streams.to(device))
+        else:
+            name = f"look-up {cells}x{cells}"
+            shown, filled = (curriculum.shown, 1.0) if cells == 1 else (whole, curriculum.filled)
+            logits, truth = look_up(model, code, lookup, cells, recipe.batch, shown, filled, generator, device)
         loss = F.cross_entropy(logits, truth)
         accuracy = (logits.argmax(-1) == truth).float().mean().item()
-        if looks_up and cells == learning:
-            lookup.learned(accuracy)
-        name = f"{'look-up' if looks_up else 'tasks'} {cells}x{cells}"
+        if name == learning:
+            curriculum.note(accuracy)
         recent.setdefault(name, []).append((loss.item(), accuracy))
         return loss
 
@@ -208,4 +256,10 @@ def pretrain_decoder(
     model.train()
     optimise(trained.parameters(), recipe, bars, loss_of_step, after=note)
     model.eval()
-    return curve
+    reads = {}
+    with torch.no_grad():
+        for cells in (1, side):
+            size = (grid // cells) ** 2
+            logits, truth = look_up(model, code, lookup, cells, 4 * recipe.batch, size, 1.0, generator, device)
+            reads[str(cells)] = round((logits.argmax(-1) == truth).float().mean().item(), 4)
+    return {"reads": reads, "curve": curve, "label_code": code.label.detach().cpu()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vision_remember.synth.base import GROUPS, Question, Scene, Task
+from vision_remember.synth.base import GROUPS, Aspect, Board, Question, Scene, Task
 from vision_remember.synth.labels import LABEL_PARTS, LABELS, PARTS
 from vision_remember.synth.page import LEVELS, SPLITS, Sheet
 from vision_remember.synth.rows import rows
@@ -16,6 +16,8 @@ __all__ = [
     "PARTS",
     "SPLITS",
     "TASKS",
+    "Aspect",
+    "Board",
     "Question",
     "Scene",
     "Sheet",

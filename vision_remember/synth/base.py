@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -68,6 +68,34 @@ Solver: TypeAlias = Callable[[Sheet, Question], str | None]
 
 
 @dataclass(frozen=True)
+class Aspect:
+    """One thing that a board can be asked about each of its slots.
+
+    Attributes:
+        answers: everything that can be answered.
+        of: the answer for a content.
+        choices: how many options the question offers; 0 for an open question.
+    """
+
+    answers: tuple[str, ...]
+    of: Callable[[str], str]
+    choices: int = 0
+
+
+@dataclass(frozen=True)
+class Board:
+    """Pages full of random contents, asked about by row and column.
+
+    Attributes:
+        contents: labels that a slot can hold.
+        aspects: by the word that asks for them: "colour" asks "what colour is in row 3 column 7".
+    """
+
+    contents: tuple[str, ...]
+    aspects: Mapping[str, Aspect]
+
+
+@dataclass(frozen=True)
 class Task:
     """One task of the benchmark.
 
@@ -80,6 +108,7 @@ class Task:
         solve: answers a question from the labels alone; None where they do not tell.
         words: what its questions and answers say.
         hint: a fact that the questions build on, for ScienceQA's column of that name.
+        board: what its pages are full of, where they are boards.
     """
 
     name: str
@@ -91,6 +120,7 @@ class Task:
     solve: Solver
     words: tuple[str, ...]
     hint: str = ""
+    board: Board | None = None
 
 
 def say(text: str, *more: tuple[str, ...]) -> tuple[str, ...]:

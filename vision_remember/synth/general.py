@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vision_remember.synth.base import Question, Task, pick_questions, say
+from vision_remember.synth.base import Aspect, Board, Question, Task, pick_questions, say
+from vision_remember.synth.boards import board_task, first_word, last_word
 from vision_remember.synth.figures import FIGURES, PHRASES, STEPS, draw_pairs, find, side_of
 from vision_remember.synth.labels import COLOURS, SHAPES
 from vision_remember.synth.page import Draw, Page, Sheet
@@ -105,6 +106,17 @@ def solve_position(sheet: Sheet, question: Question) -> str | None:
 
 
 TASKS = (
+    board_task(
+        "figures",
+        GROUP,
+        "GQA",
+        "exact_match",
+        Board(
+            FIGURES,
+            {"colour": Aspect(COLOURS, first_word), "shape": Aspect(SHAPES, last_word)},
+        ),
+        category="attribute",
+    ),
     Task(
         "attribute",
         GROUP,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from vision_remember.synth.base import Question, Task, options, pick_questions, say
-from vision_remember.synth.labels import COLOURS, DIGITS, LETTERS, TURNS
+from vision_remember.synth.base import Aspect, Board, Question, Task, options, pick_questions, say
+from vision_remember.synth.boards import board_task, first_word, last_word
+from vision_remember.synth.labels import COLOURS, DIGITS, DIRECTIONS, LETTERS, TURNS
 from vision_remember.synth.page import Draw, Page, Sheet
 
 GROUP = "Knowledge"
@@ -160,6 +161,28 @@ def solve_gears(sheet: Sheet, question: Question) -> str | None:
 
 
 TASKS = (
+    board_task(
+        "arrows",
+        GROUP,
+        "AI2D",
+        "exact_match",
+        Board(
+            tuple(f"arrow {direction}" for direction in DIRECTIONS),
+            {"direction": Aspect(DIRECTIONS, last_word, choices=4)},
+        ),
+        category="arrows",
+    ),
+    board_task(
+        "gear_board",
+        GROUP,
+        "MMMU",
+        "mmmu_acc",
+        Board(
+            tuple(f"{colour} gear {turn}" for colour in COLOURS for turn in TURNS),
+            {"turn": Aspect(TURNS, last_word, choices=2), "colour": Aspect(COLOURS, first_word, choices=4)},
+        ),
+        category="Mechanical_Engineering",
+    ),
     Task(
         "food_chain",
         GROUP,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vision_remember.synth.base import Question, Task, pick_questions, say
-from vision_remember.synth.labels import BLANK, COLOURS, DIGITS, LETTERS, PHOTO
+from vision_remember.synth.base import Aspect, Board, Question, Task, pick_questions, say
+from vision_remember.synth.boards import board_task, first_word, last_word
+from vision_remember.synth.labels import BLANK, COLOURS, DIGITS, EIGHTHS, HAND, LETTERS, PHOTO
 from vision_remember.synth.page import Draw, Page, Sheet
 from vision_remember.synth.sources import PHOTOS, places, table_columns
 
@@ -237,6 +238,18 @@ TASKS = (
         draw=draw_characters,
         solve=solve_characters,
         words=say("what letter is in row column", LETTERS, NUMBERS[1 : MOST_LINES + 1]),
+        board=Board(LETTERS, {"letter": Aspect(LETTERS, str)}),
+    ),
+    board_task(
+        "digits",
+        GROUP,
+        "OCRBench",
+        "ocrbench_accuracy",
+        Board(
+            (*DIGITS, *HAND),
+            {"digit": Aspect(DIGITS, last_word)},
+        ),
+        category="Handwriting Recognition",
     ),
     Task(
         "handwriting",
@@ -277,6 +290,17 @@ TASKS = (
         draw=draw_bars,
         solve=solve_bars,
         words=say("what is the value of which bar is highest lowest", LETTERS, NUMBERS),
+    ),
+    board_task(
+        "gauges",
+        GROUP,
+        "ChartQA",
+        "relaxed_overall",
+        Board(
+            tuple(f"{colour} bar {eighths}" for colour in COLOURS for eighths in EIGHTHS),
+            {"height": Aspect(tuple(map(str, EIGHTHS)), last_word), "colour": Aspect(COLOURS, first_word)},
+        ),
+        category="human_test",
     ),
     Task(
         "colour_bars",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from vision_remember.synth.base import Question, Task, options, say
+from vision_remember.synth.base import Aspect, Board, Question, Task, options, say
+from vision_remember.synth.boards import board_task, first_word
 from vision_remember.synth.figures import FIGURES, STEPS, draw_pairs, side_of
 from vision_remember.synth.labels import COLOURS, FRAMES, PHOTO, PHOTO_COLOURS, SHAPES
 from vision_remember.synth.page import Draw, Page, Sheet
@@ -148,7 +149,25 @@ def solve_depth(sheet: Sheet, question: Question) -> str | None:
     return words[4] if (one > other) == (words[3] == "closer") else words[6]
 
 
+def _distance(content: str) -> str:
+    return "far" if "half" in content.split() else "near"
+
+
 TASKS = (
+    board_task(
+        "boxes",
+        GROUP,
+        "CVBench-3D",
+        "cv_bench_acc",
+        Board(
+            tuple(f"{colour} {size}" for colour in COLOURS for size in ("box", "half box")),
+            {
+                "distance": Aspect(("near", "far"), _distance, choices=2),
+                "colour": Aspect(COLOURS, first_word, choices=4),
+            },
+        ),
+        category="Depth",
+    ),
     Task(
         "marked_patch",
         GROUP,
