@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,19 @@ def test_report_writes_the_page_and_the_numbers(saved: dict[str, Path], tmp_path
     assert (found["token"], found["page"]) == ([2, 3], str(page))
     assert found["change"] > 0
     assert "without:" in run(*arguments, "--layers", "1,3").stdout
+
+
+def test_weights_of_blocks_inside_a_model_need_their_adapter(saved: dict[str, Path], tmp_path: Path) -> None:
+    """transformers alone would leave them out, and the page would show fresh blocks in their place."""
+    folder, page = shutil.copytree(saved["full"], tmp_path / "model"), tmp_path / "page.html"
+    model = build_llava()
+    attach_vision_remember(model, [1, 3])
+    model.save_pretrained(folder)
+    arguments = ("report", folder, saved["picture"], "--out", page, "--layers", "1,3", "--max-new-tokens", "1")
+    assert "weights of Vision Remember" in run(*arguments, code=2).stderr
+    assert not page.exists()
+    run(*arguments, "--adapter", saved["adapter"])
+    assert page.exists()
 
 
 @pytest.mark.parametrize(("form", "suffix"), [("onnx", "onnx"), ("torch", "pt2")])
