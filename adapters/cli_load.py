@@ -14,9 +14,8 @@ from vision_remember.adapters.checkpoint import read_adapter
 from vision_remember.adapters.cli_common import Choices, say
 from vision_remember.adapters.compress import compress_projector
 from vision_remember.adapters.handle import VisionRememberHandle
-from vision_remember.adapters.load import load_vision_remember
+from vision_remember.adapters.load import adapter_folder, load_vision_remember
 from vision_remember.adapters.resolve import resolve
-from vision_remember.adapters.share import fetch_adapter
 from vision_remember.adapters.skeleton import build_skeleton, give_storage
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.config import VisionRememberConfig
@@ -151,11 +150,6 @@ def attached_skeleton(name: str, revision: str | None, choices: Choices) -> tupl
     )
     assert find_attachment(model) is not None
     return model, handle
-
-
-def adapter_folder(name: str) -> Path:
-    """The folder of an adapter, fetched if it is a repository."""
-    return Path(name) if Path(name).is_dir() else fetch_adapter(name, None)
 
 
 def _is_path(name: str) -> bool:

@@ -157,6 +157,7 @@ def test_export_of_untrained_blocks_is_checked_with_random_weights(saved: dict[s
             "--adapter brings its own configuration",
         ),
         (("inspect", "/nowhere"), "has no config.json"),
+        (("inspect", "{bare}", "--adapter", "./nowhere"), "./nowhere is neither a folder nor a repository id"),
         (("report", "{full}", "{full}"), "is no picture that can be read"),
         (("report", "{bare}", "{picture}"), "has no processor"),
         (("report", "{full}", "{picture}", "--token", "1"), "expected a row and a column"),
