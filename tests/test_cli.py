@@ -209,8 +209,6 @@ def test_scripts_get_the_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_an_attached_model_is_what_a_server_answers_with(saved: dict[str, Path]) -> None:
-    pytest.importorskip("fastapi", reason="the libraries of the server are not installed")
-    pytest.importorskip("openai")
     from transformers.cli.serving import model_manager
 
     from vision_remember.adapters.attachment import find_attachment
