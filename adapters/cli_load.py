@@ -9,13 +9,13 @@ import torch
 
 from vision_remember.adapters.attach import attach_vision_remember
 from vision_remember.adapters.attachment import find_attachment
+from vision_remember.adapters.base_model import DTYPES, load_base_model
 from vision_remember.adapters.checkpoint import read_adapter
 from vision_remember.adapters.cli_common import Choices, say
 from vision_remember.adapters.compress import compress_projector
 from vision_remember.adapters.handle import VisionRememberHandle
-from vision_remember.adapters.load import load_vision_remember
+from vision_remember.adapters.load import adapter_folder, load_vision_remember
 from vision_remember.adapters.resolve import resolve
-from vision_remember.adapters.share import fetch_adapter
 from vision_remember.adapters.skeleton import build_skeleton, give_storage
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.config import VisionRememberConfig
@@ -44,7 +44,7 @@ def load_config(name: str, revision: str | None) -> Any:
     return config
 
 
-def load_model(name: str, revision: str | None, *, device: str, dtype: str) -> Any:
+def load_model(name: str, revision: str | None, *, device: str, dtype: str, adapter_follows: bool) -> Any:
     """MODEL in eval mode; with random weights if its folder has none.
 
     Raises:
@@ -53,23 +53,21 @@ def load_model(name: str, revision: str | None, *, device: str, dtype: str) -> A
     from transformers import AutoModelForImageTextToText
 
     config = load_config(name, revision)
-    kind = dtype if dtype == "auto" else getattr(torch, dtype, None)
-    if kind != "auto" and not isinstance(kind, torch.dtype):
-        raise ValueError(f"--dtype {dtype!r}: expected auto, float32, bfloat16 or float16")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
     try:
-        place = torch.device(device)
+        torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"--device {device!r}: {_first_line(error)}") from error
-    if _is_path(name) and not any(path for pattern in _WEIGHTS for path in Path(name).glob(pattern)):
-        say(f"{name} has no weights: random ones are used, and answers mean nothing")
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = AutoModelForImageTextToText.from_config(config, dtype=config.dtype if kind == "auto" else kind)
-    else:
+    if not _is_path(name) or any(path for pattern in _WEIGHTS for path in Path(name).glob(pattern)):
         say(f"loading {name}")
-        model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=kind)
+        return load_base_model(name, revision=revision, dtype=dtype, device=device, adapter_follows=adapter_follows)
+    say(f"{name} has no weights: random ones are used, and answers mean nothing")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config, dtype=DTYPES.get(dtype, config.dtype))
     model.config._name_or_path = name
-    return model.to(place).eval()
+    return model.to(device).eval()
 
 
 def load_processor(name: str, revision: str | None) -> Any:
@@ -152,11 +150,6 @@ def attached_skeleton(name: str, revision: str | None, choices: Choices) -> tupl
     )
     assert find_attachment(model) is not None
     return model, handle
-
-
-def adapter_folder(name: str) -> Path:
-    """The folder of an adapter, fetched if it is a repository."""
-    return Path(name) if Path(name).is_dir() else fetch_adapter(name, None)
 
 
 def _is_path(name: str) -> bool:

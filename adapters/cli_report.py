@@ -77,7 +77,7 @@ def report_command(
 
     picture = load_picture(image)
     processor = load_processor(model, revision)
-    loaded = load_model(model, revision, device=device, dtype=dtype)
+    loaded = load_model(model, revision, device=device, dtype=dtype, adapter_follows=adapter is not None)
     attach(loaded, processor, choices)
     say(f"asking: {question}")
     report = write_report(

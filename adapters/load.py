@@ -51,7 +51,7 @@ def load_vision_remember(
     warn_outside_the_windows()  # attach would blame this line
     if find_attachment(model) is not None:
         raise RuntimeError("Vision Remember is attached to this model already; detach_vision_remember(model) first")
-    saved = read_adapter(_folder(dir_or_repo, revision))
+    saved = read_adapter(adapter_folder(dir_or_repo, revision))
     own_spec = class_name(unwrapped(model)) == saved.base.get("class") or not same_parts(saved, unwrapped(model))
     spec = saved.spec if own_spec else None  # of a model that cuts images up, or of one that does not
     parts = rehearse(model, saved, spec)
@@ -106,7 +106,13 @@ def restore_vision_remember(model: nn.Module, folder: str | os.PathLike[str]) ->
     copy_weights(saved, adapter_modules(attachment, projector))
 
 
-def _folder(dir_or_repo: str | os.PathLike[str], revision: str | None) -> Path:
+def adapter_folder(dir_or_repo: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder of an adapter, fetched if it is a repository.
+
+    Raises:
+        FileNotFoundError: neither a folder here nor a repository on the hub.
+        ValueError: a revision of a folder.
+    """
     path = Path(dir_or_repo)
     if path.is_dir():
         if revision is not None:

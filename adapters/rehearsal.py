@@ -63,8 +63,6 @@ def _projector(parts: HostParts, described: dict[str, Any]) -> Projector:
     misplaced = [name for name in options if name in _NO_OPTIONS]
     if not isinstance(described.get("name"), str) or misplaced:
         raise ValueError(f"projector={described!r}: expected the name of a projector and its options")
-    if isinstance(options.get("out_grid"), list):
-        options["out_grid"] = tuple(options["out_grid"])
     return new_projector(parts, described["name"], **options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,19 @@ def test_report_writes_the_page_and_the_numbers(saved: dict[str, Path], tmp_path
     assert "without:" in run(*arguments, "--layers", "1,3").stdout
 
 
+def test_weights_of_blocks_inside_a_model_need_their_adapter(saved: dict[str, Path], tmp_path: Path) -> None:
+    """transformers alone would leave them out, and the page would show fresh blocks in their place."""
+    folder, page = shutil.copytree(saved["full"], tmp_path / "model"), tmp_path / "page.html"
+    model = build_llava()
+    attach_vision_remember(model, [1, 3])
+    model.save_pretrained(folder)
+    arguments = ("report", folder, saved["picture"], "--out", page, "--layers", "1,3", "--max-new-tokens", "1")
+    assert "weights of Vision Remember" in run(*arguments, code=2).stderr
+    assert not page.exists()
+    run(*arguments, "--adapter", saved["adapter"])
+    assert page.exists()
+
+
 @pytest.mark.parametrize(("form", "suffix"), [("onnx", "onnx"), ("torch", "pt2")])
 def test_export_writes_graphs_that_agree(saved: dict[str, Path], tmp_path: Path, form: str, suffix: str) -> None:
     arguments = ("export", saved["full"], "--adapter", saved["adapter"], "--out", tmp_path, "--format", form)
@@ -143,6 +157,7 @@ def test_export_of_untrained_blocks_is_checked_with_random_weights(saved: dict[s
             "--adapter brings its own configuration",
         ),
         (("inspect", "/nowhere"), "has no config.json"),
+        (("inspect", "{bare}", "--adapter", "./nowhere"), "./nowhere is neither a folder nor a repository id"),
         (("report", "{full}", "{full}"), "is no picture that can be read"),
         (("report", "{bare}", "{picture}"), "has no processor"),
         (("report", "{full}", "{picture}", "--token", "1"), "expected a row and a column"),
@@ -194,8 +209,6 @@ def test_scripts_get_the_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_an_attached_model_is_what_a_server_answers_with(saved: dict[str, Path]) -> None:
-    pytest.importorskip("fastapi", reason="the libraries of the server are not installed")
-    pytest.importorskip("openai")
     from transformers.cli.serving import model_manager
 
     from vision_remember.adapters.attachment import find_attachment

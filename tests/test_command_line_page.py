@@ -95,8 +95,6 @@ def ask(port: int, body: dict[str, Any], *, patience: float) -> dict[str, Any]:
 
 
 def test_the_server_answers_a_question_about_an_image(folder: Path) -> None:
-    for library in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(library, reason="the libraries of the server are not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

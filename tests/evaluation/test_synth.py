@@ -12,8 +12,7 @@ from benchmarks.local_tasks import write_parquet
 from benchmarks.official_tasks import BENCHMARKS, choose
 from benchmarks.paper_tables import COLUMNS, per_cent
 from benchmarks.reference_models import Blind, Oracle
-
-synth = pytest.importorskip("vision_remember.synth", reason="the rendered benchmark is not there")
+from vision_remember import synth
 
 _PAPERS_NAMES = {"ScienceQA": "SQA-I", "RealWorldQA": "RWQA"}
 
