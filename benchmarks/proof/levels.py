@@ -82,7 +82,7 @@ class Level:
         DecoderRecipe(side=4, steps=2000, batch=32),
     )
     reads_enough: float = 0.8
-    arm: Recipe = field(default_factory=lambda: Recipe(steps=200, batch=16))
+    arm: Recipe = field(default_factory=lambda: Recipe(steps=250, batch=16))
     check_every: int = 50
     prefill_repeats: int = 15
     device: str = "cpu"

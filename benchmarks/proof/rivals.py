@@ -17,7 +17,7 @@ from .arms import Arm
 from .prompts import prompts
 from .train import EVALUATION_BATCH, TIMED_PAGES, World, timed
 
-QUESTIONS = 4
+QUESTIONS = 2
 """Questions of each page that a pruner is asked: it chooses for one question at a time, so none can share a page."""
 
 
