@@ -28,7 +28,7 @@ from vision_remember.adapters.interception import MethodInterception
 from vision_remember.adapters.own_forward import OwnForward
 from vision_remember.adapters.resolve import HostParts
 from vision_remember.adapters.tokens import placeholders, text_positions, wants_tuple
-from vision_remember.adapters.transport import rows_of, with_rows, without_rows
+from vision_remember.adapters.transport import recalls_of, with_rows, without_rows
 from vision_remember.adapters.unread import UnreadBlocks
 from vision_remember.config import VisionRememberConfig
 from vision_remember.encoder import find_module, level_width
@@ -169,7 +169,8 @@ class Attachment:
         recalls: list[Recall] = []
         for modality, token in self._token_ids.items():
             if encoded.get(modality) is not None:
-                recalls.append(_recall_encoded(encoded[modality], placeholders(base, kwargs, token)))
+                places = placeholders(base, kwargs, token)
+                recalls.append(Recall.joined(recalls_of(encoded[modality], places, "Vision Remember", "vr")))
                 encoded[modality] = without_rows(encoded[modality])
             elif any(kwargs.get(name) is not None for name in _PIXELS[modality]):
                 method = INTERCEPTION.original(base, f"get_{modality}_features")
@@ -205,21 +206,6 @@ class Attachment:
         path = self.spec.projector
         projector = [] if path is None else [find_module(self.model, path, "projector")]
         return recall_nothing(module, self._level_dims, [self.tap.encoder, *projector])
-
-
-def _recall_encoded(output: Any, places: Tensor) -> Recall:
-    """The recall of what was encoded ahead, whole images or parts of some."""
-    rows = rows_of(output)
-    if rows is None:
-        raise ValueError(
-            "these images were encoded without Vision Remember: call get_image_features after attaching, or "
-            "run inside `with vr.disabled():`"
-        )
-    known, images = rows[0].memory, [row.whole_image for row in rows if row.whole_image is not None]
-    if len(images) == len(rows):
-        return Recall.joined(memory.recall_images(images, places) for memory in known)
-    numbers = torch.cat([row.as_subclass(Tensor) for row in rows]).flatten()
-    return Recall.joined(memory.recall_rows(numbers, places) for memory in known)
 
 
 def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

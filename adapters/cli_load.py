@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from vision_remember.adapters.attach import attach_vision_remember
-from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.base_model import DTYPES, load_base_model
 from vision_remember.adapters.checkpoint import read_adapter
 from vision_remember.adapters.cli_common import Choices, say
@@ -104,14 +103,21 @@ def load_picture(path: Path) -> Any:
         raise ValueError(f"{path} is no picture that can be read: {_first_line(error)}") from error
 
 
-def attach(model: Any, processor: Any, choices: Choices) -> VisionRememberHandle:
-    """Attaches what the options of a command ask for: an adapter, or fresh blocks."""
+def attach(model: Any, processor: Any, choices: Choices, spec: MLLMSpec | None = None) -> VisionRememberHandle:
+    """Attaches what the options of a command ask for: an adapter, or fresh blocks.
+
+    Args:
+        model: The model.
+        processor: Its processor; None where no projector is swapped.
+        choices: The options.
+        spec: The host's names for fresh blocks, where they are known already.
+    """
     if choices.adapter is not None:
         return load_vision_remember(model, choices.adapter, processor)
     if choices.projector is not None:
         compress_projector(model, processor, choices.projector, ratio=choices.ratio)
     return attach_vision_remember(
-        model, choices.layers, levels=choices.levels, preset=choices.preset, **choices.overrides
+        model, choices.layers, levels=choices.levels, preset=choices.preset, spec=spec, **choices.overrides
     )
 
 
@@ -126,8 +132,7 @@ def attached_skeleton(name: str, revision: str | None, choices: Choices) -> tupl
     model = build_skeleton(config)
     model.config._name_or_path = name
     adapter = None if choices.adapter is None else read_adapter(adapter_folder(choices.adapter))
-    spec: MLLMSpec | None = None if adapter is None else adapter.spec
-    parts = resolve(model, spec)
+    parts = resolve(model, None if adapter is None else adapter.spec)
     layers = adapter.config.layers if adapter else tuple(choices.layers or VisionRememberConfig().layers)
     # The blocks take device and dtype from the layers that they stand before.
     for index in layers:
@@ -136,20 +141,8 @@ def attached_skeleton(name: str, revision: str | None, choices: Choices) -> tupl
     processor = None
     if choices.projector is not None or (adapter is not None and adapter.projector is not None):
         processor = load_processor(name, revision)
-    if adapter is not None:
-        return model, attach(model, processor, choices)
-    if choices.projector is not None:
-        compress_projector(model, processor, choices.projector, ratio=choices.ratio)
-    handle = attach_vision_remember(
-        model,
-        choices.layers,
-        levels=choices.levels,
-        preset=choices.preset,
-        spec=None if choices.projector is not None else parts.spec,
-        **choices.overrides,
-    )
-    assert find_attachment(model) is not None
-    return model, handle
+    # A spec that was found out by trying describes the model's own projector.
+    return model, attach(model, processor, choices, None if choices.projector is not None else parts.spec)
 
 
 def _is_path(name: str) -> bool:

@@ -27,7 +27,7 @@ from vision_remember.adapters.pruner_attachment import FEATURES, PrunerAttachmen
 from vision_remember.adapters.resolve import HostParts
 from vision_remember.adapters.sample import samples
 from vision_remember.adapters.tokens import placeholders, wants_tuple
-from vision_remember.adapters.transport import rows_of, with_rows, without_rows
+from vision_remember.adapters.transport import recalls_of, with_rows, without_rows
 from vision_remember.encoder import find_module
 from vision_remember.memory import Recall, VisionMemory
 from vision_remember.pruning import DecoderPruner, EncoderPruner, Evidence, Kept, Pruner, Stage, Tokens
@@ -164,7 +164,7 @@ class EncoderPrunerAttachment(PrunerAttachment):
         places = placeholders(base, kwargs, self._image_token)
         recalls: list[Recall] = []
         if encoded.get("image") is not None:
-            recalls.append(_recall(encoded["image"], places))
+            recalls += recalls_of(encoded["image"], places, "the pruner", "pruner")
             encoded["image"] = without_rows(encoded["image"])
         elif any(kwargs.get(name) is not None for name in FEATURES["image"]):
             method = INTERCEPTION.original(base, "get_image_features")
@@ -234,20 +234,6 @@ def feature_level(model: nn.Module, depth: int) -> int:
     layers: Any = getattr(model.config, "vision_feature_layer", -1)
     chosen = [-1] if layers is None else [layers] if isinstance(layers, int) else list(layers)
     return max(layer if layer >= 0 else depth + 1 + layer for layer in chosen)
-
-
-def _recall(output: Any, places: Tensor) -> Recall:
-    """Which tokens stay of what was encoded ahead, whole images or parts of some."""
-    rows = rows_of(output)
-    if rows is None:
-        raise ValueError(
-            "these images were encoded without the pruner: call get_image_features after attaching, or run inside "
-            "`with pruner.disabled():`"
-        )
-    (memory,), images = rows[0].memory, [row.whole_image for row in rows if row.whole_image is not None]
-    if len(images) == len(rows):
-        return memory.recall_images(images, places)
-    return memory.recall_rows(torch.cat([row.as_subclass(Tensor) for row in rows]).flatten(), places)
 
 
 def _scattered(keep: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor | None) -> Tensor:

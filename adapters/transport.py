@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from vision_remember.adapters.tokens import image_tokens
-from vision_remember.memory import VisionMemory
+from vision_remember.memory import Recall, VisionMemory
 
 
 class MemoryRows(Tensor):
@@ -99,6 +99,31 @@ def rows_of(output: Any) -> list[MemoryRows] | None:
     """The rows that :func:`with_rows` put into an output, as generate() passed them on; None if there are none."""
     layers = getattr(output, "deepstack_features", None) or []
     return next((list(rows) for rows in layers if _ours(rows)), None)
+
+
+def recalls_of(output: Any, places: Tensor, reader: str, handle: str) -> list[Recall]:
+    """What was encoded ahead, whole images or parts of some, at the places of a sequence: one recall per memory.
+
+    Args:
+        output: What `get_image_features` returned, as generate() passed it on.
+        places: Flat positions of the vision tokens.
+        reader: Who asks, for the error.
+        handle: What the documentation calls the handle that switches it off.
+
+    Raises:
+        ValueError: the images were encoded without memories.
+    """
+    rows = rows_of(output)
+    if rows is None:
+        raise ValueError(
+            f"these images were encoded without {reader}: call get_image_features after attaching, or run inside "
+            f"`with {handle}.disabled():`"
+        )
+    known, images = rows[0].memory, [row.whole_image for row in rows if row.whole_image is not None]
+    if len(images) == len(rows):
+        return [memory.recall_images(images, places) for memory in known]
+    numbers = torch.cat([row.as_subclass(Tensor) for row in rows]).flatten()
+    return [memory.recall_rows(numbers, places) for memory in known]
 
 
 def _own_deepstack(output: Any) -> list[Any] | None:

@@ -21,20 +21,16 @@ from vision_remember.pruning.base import (
 
 
 @dataclass(frozen=True)
-class Random(DecoderPruner):
-    """Vision tokens drawn at random.
-
-    What is drawn depends on the seed and the number of a sequence's vision tokens alone, not on the batch around it.
+class Control(DecoderPruner):
+    """Drops vision tokens once, without looking at anything.
 
     Args:
         keep: share of the vision tokens that stays.
         layer: the decoder layer before which the others are dropped; 0 takes them out before the decoder begins.
-        seed: of the draw.
     """
 
     keep: float = 0.5
     layer: int = 0
-    seed: int = 0
 
     source: ClassVar[str] = "control"
     reads_prompt = False
@@ -45,6 +41,21 @@ class Random(DecoderPruner):
     def stages(self, depth: int) -> tuple[Stage, ...]:
         check_layers("layer", [self.layer], depth, lowest=0)
         return (Stage(self.layer),)
+
+
+@dataclass(frozen=True)
+class Random(Control):
+    """Vision tokens drawn at random.
+
+    What is drawn depends on the seed and the number of a sequence's vision tokens alone, not on the batch around it.
+
+    Args:
+        keep: share of the vision tokens that stays.
+        layer: the decoder layer before which the others are dropped; 0 takes them out before the decoder begins.
+        seed: of the draw.
+    """
+
+    seed: int = 0
 
     def choose(self, stage: int, tokens: Tokens) -> Kept:
         scores = torch.zeros(tokens.vision.shape)
@@ -56,26 +67,13 @@ class Random(DecoderPruner):
 
 
 @dataclass(frozen=True)
-class Uniform(DecoderPruner):
+class Uniform(Control):
     """Every so many-th vision token of each sequence.
 
     Args:
         keep: share of the vision tokens that stays.
         layer: the decoder layer before which the others are dropped; 0 takes them out before the decoder begins.
     """
-
-    keep: float = 0.5
-    layer: int = 0
-
-    source: ClassVar[str] = "control"
-    reads_prompt = False
-
-    def __post_init__(self) -> None:
-        check_share("keep", self.keep)
-
-    def stages(self, depth: int) -> tuple[Stage, ...]:
-        check_layers("layer", [self.layer], depth, lowest=0)
-        return (Stage(self.layer),)
 
     def choose(self, stage: int, tokens: Tokens) -> Kept:
         return Kept(evenly(tokens.vision, share_of(tokens.initial, self.keep)), tokens.hidden)
