@@ -21,6 +21,7 @@ from benchmarks.proof.pages import build_pages, build_words, task_names
 from benchmarks.proof.prompts import prompts
 from benchmarks.proof.rivals import RIVALS, asked_alone, pruned, windows_as_masks
 from benchmarks.proof.suites import SUITES, distinct
+from benchmarks.proof.times import measure
 from benchmarks.proof.train import Set, World, arm_logits, evaluate, run
 from benchmarks.proof.words import IGNORE, Streams
 
@@ -152,8 +153,7 @@ class _Bar:
 
 def test_rivals_start_from_the_arm_without_compression_and_leave_it_as_it_was(world: World) -> None:
     arm = build_arm(ArmSpec("none", projector=None, ratio=1), LEVEL.shape, len(world.words), world.pretrained, 0)
-    reference = build_arm(ArmSpec("pooled"), LEVEL.shape, len(world.words), world.pretrained, 0)
-    found = pruned(arm, reference, world)
+    found = pruned(arm, world)
     assert set(found) == {"none", *(rival.name for rival in RIVALS)}
     assert found["none"]["test"] == asked_alone(arm, world)
     cells = LEVEL.shape.grid**2
@@ -186,3 +186,11 @@ def test_questions_asked_alone_are_those_of_the_packed_pages(world: World) -> No
         alone = arm.model(**inputs).logits[:, -1]
     assert alone_truth.tolist() == truth[second].tolist()
     torch.testing.assert_close(packed[second], alone, rtol=1e-3, atol=1e-4)
+
+
+def test_every_arm_and_pruner_is_timed_against_the_same_reference(world: World) -> None:
+    found = measure(LEVEL, world)
+    assert len([name for name in found if "prefill" in found[name]]) == len(ARMS)
+    assert {rival.name for rival in RIVALS} <= set(found)
+    assert found["pooled"] == {"prefill": [1, 1, 1], "forward": [1, 1, 1]}
+    assert all(low <= median <= high for own in found.values() for low, median, high in own.values())

@@ -33,7 +33,8 @@ from benchmarks.proof.report import (
     tuning_rows,
 )
 from benchmarks.proof.runner import Job, arms_of, read_lines, stages_file, tuned_arms, validation_mean
-from benchmarks.proof.suites import SUITES, TUNING_RATES, TUNING_SEED, interaction, tuning_arms
+from benchmarks.proof.suites import POOLED, SUITES, TUNING_RATES, TUNING_SEED, interaction, tuning_arms
+from benchmarks.proof.times import times_file
 
 LEVEL = replace(TINY, name="fixture")
 TASKS = task_names(LEVEL)
@@ -48,7 +49,7 @@ def line(arm: ArmSpec, seed: int, score: float) -> dict[str, Any]:
     # every arm goes up and down over tasks in a way of its own, or a paired test would have nothing to weigh
     wave = len(json.dumps(arm.recipe()))
     test = {task: round(score + 0.002 * ((i * wave + seed) % 7), 4) for i, task in enumerate(TASKS)}
-    pruned = {"none": {"test": test}, "FastV 1/4": {"test": test, "tokens": 63.0, "forward_ratio": 1.5}}
+    pruned = {"none": {"test": test}, "FastV 1/4": {"test": test, "tokens": 63.0}}
     inside = {"density": [1.0] * 8, "forgetting": {"remembered": [0.9] * 9, "plain": [0.5] * 9, "commonest": 0.3}}
     return {
         "key": Job(arm, seed).key(LEVEL),
@@ -56,8 +57,6 @@ def line(arm: ArmSpec, seed: int, score: float) -> dict[str, Any]:
         "seed": seed,
         "tokens": 144 // arm.ratio,
         "parameters": {"projector": 10, "blocks": 1234567, "decoder": 30},
-        "prefill_ratio": 1.25 if arm.layers else 1.0,
-        "forward_ratio": 1.125 if arm.layers else 1.0,
         **({"pruned": pruned} if arm.projector is None else {}),
         "curve": {"steps": [1], "losses": [1.0], "validation": [test]},
         "test": test,
@@ -76,6 +75,11 @@ def path(tmp_path: Path) -> Path:
     file.write_text("".join(json.dumps(one) + "\n" for one in lines))
     reads = {side: {"1": 0.99, side: 0.9} for side in ("2", "3", "4")}
     stages_file(file).write_text(json.dumps({"encoder": {"written_cells": 0.98}, "reads": reads, "curves": {}}))
+    times = {
+        arm.name: {"prefill": [1.0, 1.25 if arm.layers else 1.0, 1.5], "forward": [0.5, 1.0, 2.0]}
+        for arm in [POOLED, *(arm for arms in SUITES.values() for arm in arms)]
+    }
+    times_file(file).write_text(json.dumps({"times": {**times, "FastV 1/4": {"forward": [1.4, 1.5, 1.6]}}}))
     for arm in arms_of(SUITES, LEVEL, file):
         # an arm that two tables share is found by what it is, not by what it is called
         known = next((name for name in SCORES if _spec(name).recipe() == arm.recipe()), None)

@@ -29,7 +29,9 @@ def pareto_figure(results: Results) -> Figure:
         for name, lines in results.by_arm.items():
             if not lines or not results.tasks(DETAIL):
                 continue
-            x = statistics.median(line["forward_ratio"] for line in lines)
+            x = results.time(name, "forward")
+            if x is None:
+                continue
             y, shown = results.mean(name, DETAIL), name in HIGHLIGHTED
             colour = "#0b7a75" if "VR" in name else "#9aa5b1"
             axes.errorbar(x, y.value, yerr=None, fmt="o", color=colour, markersize=6 if shown else 4)
@@ -38,7 +40,9 @@ def pareto_figure(results: Results) -> Figure:
         lines, tasks = results.by_arm["no compression"], results.tasks(DETAIL)
         for name in list(lines[0]["pruned"])[1:] if lines and tasks else ():
             found = [line["pruned"][name] for line in lines]
-            x = statistics.median(one["forward_ratio"] for one in found)
+            x = results.time(name, "forward")
+            if x is None:
+                continue
             y = 100 * statistics.fmean(one["test"][task] for one in found for task in tasks)
             axes.plot(x, y, "x", color="#c2410c", markersize=5)
             if name in LABELLED_PRUNERS:

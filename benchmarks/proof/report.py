@@ -20,6 +20,7 @@ from .pages import task_groups, task_names
 from .runner import Job, read_lines, stages_file, tuned_arms
 from .statistics import Mean, compared, mean_of, recovered
 from .suites import INTERACTION_NAMES, SUITES, TUNING_RATES, TUNING_SEED, tuning_arms
+from .times import times_file
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- Written by benchmarks/proof/report.py; do not edit by hand. -->", "<!-- End of the written part. -->"
@@ -61,6 +62,7 @@ class Results:
     def __init__(self, path: Path, level: Level, *, tuned: bool = True) -> None:
         self.path, self.level = path, level
         self.lines = read_lines(path)
+        self.times: dict[str, Any] = json.loads(times_file(path).read_text(encoding="utf-8"))["times"]
         self.stages: dict[str, Any] = json.loads(stages_file(path).read_text(encoding="utf-8"))
         self.number = {line["key"]: number for number, line in enumerate(self.lines, 1)}
         self.by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -85,6 +87,15 @@ class Results:
         """Mean accuracy in per cent over seeds, of the mean over tasks."""
         tasks = self.tasks(group)
         return mean_of([100 * statistics.fmean(line["test"][t] for t in tasks) for line in self.by_arm[arm]])
+
+    def time(self, arm: str, part: str) -> float | None:
+        """Median time of an arm or pruner, relative to average pooling at 1/4; None where it was not measured."""
+        # tables share arms, whose times stand under one of their names
+        specs = {spec.name: spec.recipe() for arms in self.suites.values() for spec in arms}
+        own = {**specs[arm], "lr": None} if arm in specs else None
+        names = [name for name, recipe in specs.items() if own and {**recipe, "lr": None} == own] or [arm]
+        found = next((self.times[name] for name in [arm, *names] if name in self.times), None)
+        return None if found is None else float(found[part][1])
 
     def links(self, arm: str) -> str:
         """Links to the arm's lines."""
@@ -118,11 +129,14 @@ def suite_table(results: Results, suite: str) -> list[str]:
         name = arm.name if arm.lr is None else f"{arm.name} (rate {arm.lr:g})"
         paper_detail, paper_mean = paper_scores(suite, arm.name)
         groups = [str(results.mean(arm.name, group)) if results.tasks(group) else "–" for group in GROUPS]
-        prefill = statistics.median(line["prefill_ratio"] for line in lines)
         added = f"{lines[0]['parameters']['blocks']:,}"
-        rows.append([name, str(lines[0]["tokens"]), added, f"{prefill:.2f}", *groups, str(results.mean(arm.name)),
-                     paper_detail, paper_mean, results.links(arm.name)])  # fmt: skip
+        rows.append([name, str(lines[0]["tokens"]), added, _ratio(results.time(arm.name, "prefill")), *groups,
+                     str(results.mean(arm.name)), paper_detail, paper_mean, results.links(arm.name)])  # fmt: skip
     return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def paper_scores(suite: str, arm: str) -> tuple[str, str]:
@@ -168,9 +182,9 @@ def recovery_rows(results: Results) -> list[str]:
         low, mine, high = f"pooled 1/{ratio}", f"pooled 1/{ratio} + VR", "no compression"
         if all(results.by_arm[name] for name in (low, mine, high)):
             share = recovered(*(results.by_arm[name] for name in (mine, low, high)), results.tasks(DETAIL))
-            times = [statistics.median(line["prefill_ratio"] for line in results.by_arm[name]) for name in (mine, low)]
+            times = [results.time(name, "prefill") for name in (mine, low)]
             cells = [str(results.mean(name, DETAIL)) for name in (low, mine, high)]
-            rows.append([f"1/{ratio}", *cells, str(share), f"{times[0] / times[1]:.2f}"])
+            rows.append([f"1/{ratio}", *cells, str(share), _ratio(times[0] and times[1] and times[0] / times[1])])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
@@ -198,13 +212,12 @@ def pruned_rows(results: Results) -> list[str]:
     lines = results.by_arm["no compression"]
     for name in lines[0]["pruned"] if lines else ():
         found = [line["pruned"][name] for line in lines]
-        times = [one["forward_ratio"] for one in found if "forward_ratio" in one]
         tokens = [one["tokens"] for one in found if "tokens" in one]
         groups = [_pruned_mean(found, [t for t in results.tasks(group) if t in found[0]["test"]]) for group in GROUPS]
         rows.append([
             name,
             f"{statistics.fmean(tokens):.1f}" if tokens else str(lines[0]["tokens"]),
-            f"{statistics.median(times or [line['forward_ratio'] for line in lines]):.2f}",
+            _ratio(results.time("no compression" if name == "none" else name, "forward")),
             *groups,
             _pruned_mean(found, list(found[0]["test"])),
             results.links("no compression"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from vision_remember import attach_pruner
 
 from .arms import Arm
 from .prompts import prompts
-from .train import EVALUATION_BATCH, TIMED_PAGES, World, timed
+from .train import EVALUATION_BATCH, World
 
 QUESTIONS = 2
 """Questions of each page that a pruner is asked: it chooses for one question at a time, so none can share a page."""
@@ -112,33 +111,25 @@ def asked_alone(arm: Arm, world: World) -> dict[str, float]:
 
 
 @torch.no_grad()
-def pruned(arm: Arm, reference: Arm, world: World) -> dict[str, Any]:
+def pruned(arm: Arm, world: World) -> dict[str, Any]:
     """What each rival makes of a trained arm.
 
     Args:
         arm: Trained, without compression.
-        reference: The arm whose time a forward pass is compared with.
         world: What all runs share.
 
     Returns:
-        By rival: "test", accuracies by task; "tokens", the mean over layers and pages of how many are left; and
-        "forward_ratio", time of a whole forward pass. "none" is the arm itself, asked in the same way.
+        By rival: "test", accuracies by task, and "tokens", the mean over layers of how many were left on the last
+        pages. "none" is the arm itself, asked in the same way.
     """
-    level = world.level
-    first = torch.arange(min(TIMED_PAGES, len(world.test.pages)))
-    mine, other = (prompts(world.test.pages, one.tokens, first, 0, level.device)[0] for one in (arm, reference))
     found: dict[str, Any] = {"none": {"test": asked_alone(arm, world)}}
     with windows_as_masks(arm.model.model.language_model):
         for rival in RIVALS:
             handle = attach_pruner(arm.model, rival.pruner, **rival.options)
             try:
-                times = timed([partial(arm.model, **mine), partial(reference.model, **other)], level)
+                test = asked_alone(arm, world)
                 left = handle.tokens_per_layer.float().mean().item()
-                found[rival.name] = {
-                    "test": asked_alone(arm, world),
-                    "tokens": round(left, 2),
-                    "forward_ratio": round(times[0] / times[1], 3),
-                }
+                found[rival.name] = {"test": test, "tokens": round(left, 2)}
             finally:
                 handle.detach()
     return found

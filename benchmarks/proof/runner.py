@@ -27,7 +27,7 @@ from .levels import Level
 from .prepare import Workshop, prepare
 from .rivals import pruned
 from .suites import INTERACTION_NAMES, REMEMBER, SUITES, TUNING_RATES, TUNING_SEED, distinct, interaction, tuning_arms
-from .train import World, reference_arm, run
+from .train import World, run
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def run_job(job: Job, level: Level, folder: Path) -> dict[str, Any]:
     world = _world(level, folder, job.spec.cells)
     arm, found = run(job.spec, job.seed, world, _silent(level.arm.steps))
     if job.spec.projector is None:
-        found["pruned"] = pruned(arm, reference_arm(world, job.seed), world)
+        found["pruned"] = pruned(arm, world)
     return {
         "key": job.key(level),
         "level": level.name,

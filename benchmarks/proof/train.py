@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +20,9 @@ from .encoder import Features
 from .levels import Level
 from .model import answer_logits
 from .pages import Pages
-from .prompts import prompts
 from .words import Streams, Words
 
 EVALUATION_BATCH = 64
-TIMED_PAGES = 8
 
 
 @dataclass(frozen=True)
@@ -129,47 +126,6 @@ def train_arm(arm: Arm, world: World, seed: int, bars: Bars) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def timed(calls: Sequence[Callable[[], object]], level: Level) -> list[float]:
-    """Median time of each of some calls, which take turns."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for repeat in range(level.prefill_repeats + 2):
-        for call, values in zip(calls, seconds, strict=True):
-            if level.device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            if level.device == "cuda":
-                torch.cuda.synchronize()
-            if repeat >= 2:  # the first rounds warm up
-                values.append(time.perf_counter() - start)
-    return [statistics.median(values) for values in seconds]
-
-
-def prefill_seconds(arms: Sequence[Arm], data: Set, level: Level, pages: int = TIMED_PAGES) -> list[float]:
-    """Median time of projector and decoder on some pages with one question each; the arms take turns."""
-    index = torch.arange(min(pages, len(data.pages)))
-    length = int((data.pages.streams.branch[index] == 0).sum(1).max())
-    streams = data.pages.streams
-    short = Streams(*(part[:, :length] for part in (streams.tokens, streams.branch, streams.place, streams.target)))
-    asked = Set(replace(data.pages, streams=short), data.features)
-    return timed([partial(arm_logits, arm, asked, index, level.device, level.half) for arm in arms], level)
-
-
-@torch.no_grad()
-def forward_seconds(arms: Sequence[Arm], data: Set, level: Level, pages: int = TIMED_PAGES) -> list[float]:
-    """Median time of the model's own forward, encoder included, on the same pages; the arms take turns."""
-    index = torch.arange(min(pages, len(data.pages)))
-    calls = [partial(arm.model, **prompts(data.pages, arm.tokens, index, 0, level.device)[0]) for arm in arms]
-    return timed(calls, level)
-
-
-def reference_arm(world: World, seed: int) -> Arm:
-    """The arm that times are compared with: average pooling at 1/4."""
-    level = world.level
-    return build_arm(ArmSpec("pooled"), level.shape, len(world.words), world.pretrained, seed, level.device)
-
-
 def run(spec: ArmSpec, seed: int, world: World, bars: Bars) -> tuple[Arm, dict[str, Any]]:
     """Builds, trains and tests an arm.
 
@@ -178,18 +134,12 @@ def run(spec: ArmSpec, seed: int, world: World, bars: Bars) -> tuple[Arm, dict[s
     """
     level = world.level
     arm = build_arm(spec, level.shape, len(world.words), world.pretrained, seed, level.device)
-    reference = reference_arm(world, seed)
-    mine, pooled = prefill_seconds([arm, reference], world.test, level)
-    whole, whole_pooled = forward_seconds([arm, reference], world.test, level)
     cpu, wall = time.process_time(), time.perf_counter()
     curve = train_arm(arm, world, seed, bars)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     return arm, {
         "tokens": arm.tokens,
         "parameters": arm.parameters,
-        "prefill_ratio": round(mine / pooled, 3),
-        "forward_ratio": round(whole / whole_pooled, 3),
-        "prefill_ms_per_page": round(1000 * mine / TIMED_PAGES, 3),
         "train_cpu_s": round(cpu, 1),
         "train_wall_s": round(wall, 1),
         "curve": curve,
