@@ -28,12 +28,30 @@ from benchmarks.proof.report import (
     paper_scores,
     pruned_rows,
     recovery_rows,
+    search_rows,
     stage_rows,
     suite_table,
     tuning_rows,
 )
-from benchmarks.proof.runner import Job, arms_of, read_lines, stages_file, tuned_arms, validation_mean
-from benchmarks.proof.suites import POOLED, SUITES, TUNING_RATES, TUNING_SEED, interaction, tuning_arms
+from benchmarks.proof.runner import (
+    Job,
+    arms_of,
+    chosen_arms,
+    read_lines,
+    stages_file,
+    suite_arms,
+    tuned_arms,
+    validation_mean,
+)
+from benchmarks.proof.suites import (
+    POOLED,
+    SUITES,
+    TUNING_RATES,
+    TUNING_SEED,
+    interaction,
+    searched_arms,
+    tuning_arms,
+)
 from benchmarks.proof.times import times_file
 
 LEVEL = replace(TINY, name="fixture")
@@ -41,6 +59,7 @@ TASKS = task_names(LEVEL)
 GROUPS = task_groups(TASKS)
 BEST = {"global": 1e-3, "deformable": 4e-3, "sela": LEVEL.arm.lr}
 SEEDS = (0, 1)
+SEARCH_WINNER = "1/4: two query layers"
 SCORES = {"no compression": 0.9, "pooled 1/4": 0.4, "pooled 1/4 + VR": 0.85}
 """On OCR & Chart, as seed 0 has them; every other arm has 0.3."""
 
@@ -68,7 +87,7 @@ def line(arm: ArmSpec, seed: int, score: float) -> dict[str, Any]:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A file with every run of every suite, the tuning runs first, as the runner writes them."""
-    lines = []
+    lines = [line(arm, TUNING_SEED, 0.7 if arm.name == SEARCH_WINNER else 0.6) for arm in searched_arms(4)]
     for name, best in BEST.items():
         lines += [line(arm, TUNING_SEED, 0.6 if arm.lr == best else 0.5) for arm in tuning_arms(name)]
     file = tmp_path / "lines.jsonl"
@@ -125,6 +144,17 @@ def test_each_interaction_takes_the_rate_that_validation_prefers(path: Path) -> 
     assert by_name["sela"].recipe() == interaction("sela").recipe()
 
 
+def test_a_better_default_is_what_validation_prefers(path: Path) -> None:
+    assert [arm.name for arm in chosen_arms(LEVEL, path)] == [SEARCH_WINNER]
+    assert [arm.name for arm in suite_arms("search", LEVEL, path)][-1] == SEARCH_WINNER
+    rows = search_rows(Results(path, LEVEL))
+    assert [cells(row)[0] for row in rows[2:]] == [arm.name for arm in searched_arms(4)]
+    lines = [one for one in read_lines(path) if one["arm"] != SEARCH_WINNER]
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    first = chosen_arms(LEVEL, path)
+    assert SEARCH_WINNER not in [arm.name for arm in first]
+
+
 def test_every_interaction_is_tuned_alike() -> None:
     for name in BEST:
         arms = tuning_arms(name)
@@ -133,7 +163,7 @@ def test_every_interaction_is_tuned_alike() -> None:
 
 
 def test_a_rate_that_was_not_tried_is_named(path: Path) -> None:
-    kept = read_lines(path)[1:]
+    kept = read_lines(path)[len(searched_arms(4)) + 1 :]
     path.write_text("".join(json.dumps(one) + "\n" for one in kept))
     with pytest.raises(ValueError, match=r"global: not tuned yet at \[0.001\]"):
         tuned_arms(LEVEL, path)

@@ -17,9 +17,17 @@ from .claims import CLAIMS, DETAIL, Claim
 from .figures import density_figure, forgetting_figure, pareto_figure
 from .levels import LEVELS, Level
 from .pages import task_groups, task_names
-from .runner import Job, read_lines, stages_file, tuned_arms
+from .runner import Job, read_lines, stages_file, suite_arms
 from .statistics import Mean, compared, mean_of, recovered
-from .suites import INTERACTION_NAMES, SUITES, TUNING_RATES, TUNING_SEED, tuning_arms
+from .suites import (
+    INTERACTION_NAMES,
+    SEARCHED_RATIOS,
+    SUITES,
+    TUNING_RATES,
+    TUNING_SEED,
+    searched_arms,
+    tuning_arms,
+)
 from .times import times_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +39,7 @@ TITLES = {
     "table4c": "Table 4c: where the blocks stand",
     "table5a": "Table 5a: against no compression, at three ratios",
     "controls": "Controls: as many parameters, as much compute",
+    "search": "Search for a better default: chosen on validation pages of a seed of its own, then run as all others",
     "rivals": "Rivals: features added in place of attention, and tokens pruned without training",
 }
 _PAPER_4 = {
@@ -69,7 +78,7 @@ class Results:
         seeds = sorted({line["seed"] for line in self.lines if line["seed"] < TUNING_SEED})
         known = {line["key"]: line for line in self.lines}
         self.suites: dict[str, list[ArmSpec]] = {
-            name: tuned_arms(level, path) if tuned and name == "table4b" else arms for name, arms in SUITES.items()
+            name: suite_arms(name, level, path) if tuned else arms for name, arms in SUITES.items()
         }
         for arm in (arm for arms in self.suites.values() for arm in arms):
             if arm.name not in self.by_arm:
@@ -205,6 +214,19 @@ def task_rows(results: Results) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
+def search_rows(results: Results) -> list[str]:
+    """Validation accuracy of everything that was tried for the default, on the seed that is for choices."""
+    known = {line["key"]: line for line in results.lines}
+    rows = [["tried", f"validation, {DETAIL}", "validation, mean"], ["---"] * 3]
+    for arm in (arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio)):
+        line = known.get(Job(arm, TUNING_SEED).key(results.level))
+        if line is not None:
+            last = _last(line)
+            detail = f"{100 * statistics.fmean(last[task] for task in results.tasks(DETAIL)):.1f}"
+            rows.append([arm.name, detail, results.link(line, f"{100 * statistics.fmean(last.values()):.1f}")])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
 def pruned_rows(results: Results) -> list[str]:
     """The pruners on the arm that was trained without compression, question by question; beside them trained arms."""
     rows = [["pruner", "tokens, mean over layers", "forward pass, to pooled 1/4", *GROUPS, "mean", "lines"]]
@@ -279,6 +301,8 @@ def written_part(results: Results) -> str:
     ]
     for suite, title in TITLES.items():
         parts += [f"## {title}", "\n".join(suite_table(results, suite))]
+        if suite == "search":
+            parts += ["\n".join(search_rows(results))]
         if suite == "rivals":
             parts += ["\n".join(pruned_rows(results))]
         if suite == "table4b":

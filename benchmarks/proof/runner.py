@@ -26,7 +26,18 @@ from .insight import look_inside
 from .levels import Level
 from .prepare import Workshop, prepare
 from .rivals import pruned
-from .suites import INTERACTION_NAMES, REMEMBER, SUITES, TUNING_RATES, TUNING_SEED, distinct, interaction, tuning_arms
+from .suites import (
+    INTERACTION_NAMES,
+    REMEMBER,
+    SEARCHED_RATIOS,
+    SUITES,
+    TUNING_RATES,
+    TUNING_SEED,
+    distinct,
+    interaction,
+    searched_arms,
+    tuning_arms,
+)
 from .train import World, run
 
 
@@ -87,6 +98,9 @@ def run_suites(
     if "table4b" in names and REMEMBER.cells in read:
         tuning = [Job(arm, TUNING_SEED) for name in INTERACTION_NAMES for arm in tuning_arms(name)]
         _run_jobs(tuning, level, folder, results, jobs)
+    if "search" in names:
+        tried = [arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio) if arm.cells in read]
+        _run_jobs([Job(arm, TUNING_SEED) for arm in tried], level, folder, results, jobs)
     # Seed after seed, so that a run that is stopped has whole seeds.
     arms = [arm for arm in arms_of(names, level, results) if arm.cells in read]
     _run_jobs([Job(arm, seed) for seed in seeds for arm in arms], level, folder, results, jobs)
@@ -116,8 +130,27 @@ def arms_of(names: Iterable[str], level: Level, results: Path) -> list[ArmSpec]:
     """The distinct arms of some suites, in their order; those of table 4b with the rates that tuning chose."""
     arms: list[ArmSpec] = []
     for name in names:
-        arms += tuned_arms(level, results) if name == "table4b" else SUITES[name]
+        arms += suite_arms(name, level, results)
     return distinct(arms)
+
+
+def suite_arms(name: str, level: Level, results: Path) -> list[ArmSpec]:
+    """A suite's arms, with those that its own choices lead to."""
+    if name == "table4b":
+        return tuned_arms(level, results)
+    return [*SUITES[name], *(chosen_arms(level, results) if name == "search" else ())]
+
+
+def chosen_arms(level: Level, results: Path) -> list[ArmSpec]:
+    """What did best on the validation pages at each ratio that was searched, where that is not the default."""
+    lines = {line["key"]: line for line in read_lines(results)}
+    arms = []
+    for ratio in SEARCHED_RATIOS:
+        runs = [(arm, lines.get(Job(arm, TUNING_SEED).key(level))) for arm in searched_arms(ratio)]
+        known = [(validation_mean(line), -place, arm) for place, (arm, line) in enumerate(runs) if line is not None]
+        if known and (best := max(known)[2]) is not runs[0][0]:
+            arms.append(best)
+    return arms
 
 
 def tuned_arms(level: Level, results: Path) -> list[ArmSpec]:

@@ -16,6 +16,7 @@ PROJECTOR_NAMES = {
     "token_packer": "TokenPacker",
 }
 RATIOS = (4, 9, 16)
+SEARCHED_RATIOS = (4, 9)
 TUNING_SEED = 100
 """Seed of every run that a choice is made from; reported seeds are below it."""
 TUNING_RATES = (1e-3, 2e-3, 4e-3)
@@ -93,6 +94,30 @@ def _rivals() -> list[ArmSpec]:
     return [*_table5a()[:3], deepstack]
 
 
+_TRIED: dict[str, dict[str, object]] = {
+    "no saliency": {"saliency": None},
+    "wider, a head more per cell": {"attn_dim": 256, "num_heads": 16},
+    "two query layers": {"query_layers": 2},
+    "two output layers": {"output_layers": 2},
+    "no saliency, two query and output layers": {"saliency": None, "query_layers": 2, "output_layers": 2},
+    "no saliency, wider": {"saliency": None, "attn_dim": 256, "num_heads": 16},
+}
+_TRIED_AT_9: dict[str, dict[str, object]] = {
+    "a head per cell": {"attn_dim": 144, "num_heads": 9},
+    "two heads per cell": {"attn_dim": 288, "num_heads": 18},
+    "two heads per cell, no saliency": {"attn_dim": 288, "num_heads": 18, "saliency": None},
+}
+
+
+def searched_arms(ratio: int) -> list[ArmSpec]:
+    """What is tried for a better default at a ratio: the default, changes to it, and other places of the blocks."""
+    default = replace(remember(ratio), name=f"1/{ratio}: the default")
+    tried = _TRIED if ratio == 4 else _TRIED_AT_9
+    arms = [replace(default, name=f"1/{ratio}: {name}", overrides=overrides) for name, overrides in tried.items()]
+    moved = [replace(default, name=f"1/{ratio}: blocks before 1, 2", layers=(1, 2))] if ratio == 4 else []
+    return [default, *arms, *moved]
+
+
 SUITES = {
     "table2": _table2(),
     "table4a": _table4a(),
@@ -101,8 +126,10 @@ SUITES = {
     "table5a": _table5a(),
     "controls": _controls(),
     "rivals": _rivals(),
+    "search": _table5a()[:5],
 }
-"""Arms by suite. Those of table 4b take the learning rate that their own tuning chose."""
+"""Arms by suite. Those of table 4b take the learning rate that their own tuning chose; to those of "search" come the
+arms that did best on the validation pages."""
 
 
 def tuning_arms(name: str) -> list[ArmSpec]:
