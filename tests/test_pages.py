@@ -105,11 +105,3 @@ def test_pages_run_by_others_are_run_there() -> None:
     for page, test in RUN_BY_OTHERS.items():
         assert examples(page)
         assert Path(page).name in (ROOT / "tests" / test).read_text()
-
-
-def test_make_targets_that_pages_name_exist() -> None:
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-            for named in re.findall(r"^make ([a-z-]+)", block, re.MULTILINE):
-                assert named in targets, f"{page.name} names make {named}"
