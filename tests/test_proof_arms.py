@@ -20,13 +20,13 @@ from benchmarks.proof.model import TokenPlaces, build_model
 from benchmarks.proof.pages import build_pages, build_words, task_names
 from benchmarks.proof.prompts import prompts
 from benchmarks.proof.rivals import RIVALS, asked_alone, pruned, windows_as_masks
-from benchmarks.proof.suites import SUITES, distinct
+from benchmarks.proof.suites import SEARCHED_RATIOS, SUITES, distinct, searched_arms
 from benchmarks.proof.times import measure
 from benchmarks.proof.train import Set, World, arm_logits, evaluate, run
 from benchmarks.proof.words import IGNORE, Streams
 
 LEVEL = replace(TINY, tasks=("attribute", "characters"), test_pages=2)
-ARMS = distinct([arm for arms in SUITES.values() for arm in arms])
+ARMS = distinct([arm for arms in [*SUITES.values(), *map(searched_arms, SEARCHED_RATIOS)] for arm in arms])
 
 
 def world_of(level: Level, pages: int) -> World:

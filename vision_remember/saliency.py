@@ -19,6 +19,10 @@ def _logit(logits: Tensor) -> Tensor:
     return logits.mean(1).sigmoid()
 
 
+def _boost(logits: Tensor) -> Tensor:
+    return 1 + _logit(logits)
+
+
 def _head_sigmoid(logits: Tensor) -> Tensor:
     return logits.sigmoid().mean(1)
 
@@ -40,6 +44,7 @@ SALIENCY_VARIANTS: Registry[Callable[[Tensor], Tensor]] = Registry(
     "saliency variant",
     {
         "logit": _logit,
+        "boost": _boost,
         "head_sigmoid": _head_sigmoid,
         "softmax": _softmax,
         "softmax_sum": _softmax_sum,
@@ -69,6 +74,7 @@ def cls_saliency(
 
             - "logit": ``sigmoid(mean_h l)``. Uses all of (0, 1), but training never pins the offset of ``l``, so on
               some encoders the map saturates; ``center`` helps.
+            - "boost": ``1 + sigmoid(mean_h l)``, in (1, 2): it strengthens what matters and takes nothing away.
             - "head_sigmoid": ``mean_h sigmoid(l)``. One head alone cannot saturate the map.
             - "softmax": ``sigmoid(mean_h softmax(l))``. Nearly the constant 0.5, because a softmax over hundreds of
               patches is nearly 0; offered because the equation can be read so.
@@ -80,7 +86,7 @@ def cls_saliency(
         temperature: divides the logits; larger is flatter.
 
     Returns:
-        (B, N), in (0, 1).
+        (B, N), in (0, 1), but for "boost".
 
     Raises:
         ValueError: shapes that do not fit, an unknown variant or centre, a temperature that is not positive.

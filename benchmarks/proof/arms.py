@@ -113,6 +113,8 @@ class Arm:
         assert config.levels is not None
         side, count = math.isqrt(self.tokens), len(index)
         saliency = None if config.saliency is None else features.saliency[config.saliency_center][index].to(device)
+        if saliency is not None and config.saliency_variant == "boost":
+            saliency = 1 + saliency  # kept as the variant "logit"
         memory = VisionMemory(
             tuple(features.levels[level][index].float().to(device) for level in config.levels),
             saliency,

@@ -96,6 +96,7 @@ def _rivals() -> list[ArmSpec]:
 
 _TRIED: dict[str, dict[str, object]] = {
     "no saliency": {"saliency": None},
+    "saliency that takes nothing away": {"saliency_variant": "boost"},
     "wider, a head more per cell": {"attn_dim": 256, "num_heads": 16},
     "two query layers": {"query_layers": 2},
     "two output layers": {"output_layers": 2},

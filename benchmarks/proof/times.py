@@ -27,7 +27,7 @@ from .prepare import Workshop
 from .prompts import prompts
 from .rivals import RIVALS, windows_as_masks
 from .runner import versions
-from .suites import POOLED, SUITES, distinct
+from .suites import POOLED, SEARCHED_RATIOS, SUITES, distinct, searched_arms
 from .train import Set, World, arm_logits
 from .words import Streams
 
@@ -111,6 +111,7 @@ def measure(level: Level, world: World) -> dict[str, Any]:
 
 def _timed(world: World) -> list[ArmSpec]:
     specs = [POOLED, *(arm for arms in SUITES.values() for arm in arms)]
+    specs += [arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio)]
     return [spec for spec in distinct(specs) if spec.cells in world.pretrained]
 
 
