@@ -85,6 +85,26 @@ def test_two_blocks_take_21_launches() -> None:
 
 
 @pytest.mark.parametrize("tiles", [1, 5])
+def test_two_blocks_take_12_launches_with_the_kernels(tiles: int) -> None:
+    """The search for the placeholders included; each operator of ours is one kernel, as tests/interpreted show."""
+    launches = count(tiles=tiles, backend="triton")
+    assert len(launches.names) == 12, launches.names
+    assert launches.names[:4] == [
+        *("aten.nonzero_static.default", "aten.cat.default", "aten.native_layer_norm.default", "aten.mm.default")
+    ]
+    assert [name.split(".")[1] for name in launches.names[4:]] == 2 * [
+        *("gather_normalised", "addmm", "local_attention", "write_update")
+    ]
+    assert (launches.further, launches.copies) == (0, 0)
+
+
+def test_the_kernels_leave_large_products_to_the_libraries() -> None:
+    """More rows than 1024: gather, norm, output product, addition and scatter are operators of their own again."""
+    assert count((24, 24), (48, 48), backend="triton").names == count(backend="triton").names
+    assert len(count((24, 24), (48, 48), tiles=5, backend="triton").names) == 18
+
+
+@pytest.mark.parametrize("tiles", [1, 5])
 @pytest.mark.parametrize(("options", "most"), [({"position": "none"}, 21), ({"window": 2}, 25), ({"absorb": True}, 60)])
 def test_launches_do_not_grow_with_the_image(options: dict[str, Any], most: int, tiles: int) -> None:
     names = count(tiles=tiles, **options).names

@@ -10,13 +10,24 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from vision_remember.ops import triton_local_attention
+from vision_remember.ops import triton_local_attention, triton_rows
 
 pytest.importorskip("triton")
 
 DTYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 ALWAYS_FLOAT32 = {"lse", "delta", "grad_logits", "grad_saliency"}
-TENSORS = {"query", "key", "value", "saliency", "bias", "out", *(f"grad_{x}" for x in ("out", "query", "key", "value"))}
+TENSORS = {
+    "query",
+    "key",
+    "value",
+    "saliency",
+    "bias",
+    "out",
+    "hidden",
+    "weight",
+    "read",
+    *(f"grad_{x}" for x in ("out", "query", "key", "value")),
+}
 KERNELS = ("forward_kernel", "query_gradient_kernel", "cell_gradient_kernel")
 MOST_REGISTERS = 255  # a GPU's own limit per thread
 
@@ -39,15 +50,22 @@ def options(kernel: str, dim: int, partners: int) -> dict[str, Any]:
     return {**given, **wants, "QUERIES": together, "CELLS": step}
 
 
-def compiled(name: str, dtype: torch.dtype, capability: int, constants: dict[str, Any], directory: Path) -> Usage:
+def compiled(
+    name: str,
+    dtype: torch.dtype,
+    capability: int,
+    constants: dict[str, Any],
+    directory: Path,
+    launch: dict[str, Any] = triton_local_attention._COMPILE,
+) -> Usage:
     """Compiles a kernel as a launch on such a GPU would, aligned tensors and strides included."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
 
-    from vision_remember.ops import triton_kernels
+    from vision_remember.ops import triton_kernels, triton_row_kernels
 
-    kernel = getattr(triton_kernels, name)
+    kernel = getattr(triton_kernels if hasattr(triton_kernels, name) else triton_row_kernels, name)
     signature, attributes = {}, {}
     for place, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -56,8 +74,10 @@ def compiled(name: str, dtype: torch.dtype, capability: int, constants: dict[str
             signature[argument] = "*fp32"
         elif argument in TENSORS:
             signature[argument] = DTYPES[dtype]
+        elif argument == "positions":
+            signature[argument] = "*i64"
         else:
-            signature[argument] = "fp32" if argument == "scale" else "i32"
+            signature[argument] = "fp32" if argument in ("scale", "eps") else "i32"
         if signature[argument].startswith("*") or argument.endswith(("_batch", "_head", "_row")):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(
@@ -67,7 +87,7 @@ def compiled(name: str, dtype: torch.dtype, capability: int, constants: dict[str
         attrs=attributes,
     )
     target = GPUTarget("cuda", capability, 32)
-    assembly = triton.compile(source, target=target, options=triton_local_attention._COMPILE).asm
+    assembly = triton.compile(source, target=target, options=launch).asm
     assert assembly["cubin"]
     path = directory / "kernel.ptx"
     path.write_text(assembly["ptx"])
@@ -106,5 +126,20 @@ def test_four_cells_a_region(kernel: str, dtype: torch.dtype, dim: int, capabili
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_other_sizes(kernel: str, dtype: torch.dtype, dim: int, partners: int, capability: int, tmp_path: Path) -> None:
     usage = compiled(kernel, dtype, capability, options(kernel, dim, partners), tmp_path)
+    assert usage.registers <= MOST_REGISTERS
+    assert usage.spilled_bytes == 0
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [None, 1024, 4096, 16384], ids=["write", "norm 1024", "norm 4096", "norm 16384"])
+def test_rows_of_the_stream(width: int | None, dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
+    if width is None:
+        kernel, given = "write_kernel", {"HAS_BIAS": True, **triton_rows.write_options(dtype)}
+    else:
+        kernel, given = "normalise_kernel", triton_rows.norm_options(width)
+    constants = {name: value for name, value in given.items() if name.isupper()}
+    launch = {name: value for name, value in given.items() if not name.isupper()}
+    usage = compiled(kernel, dtype, capability, constants, tmp_path, launch)
     assert usage.registers <= MOST_REGISTERS
     assert usage.spilled_bytes == 0

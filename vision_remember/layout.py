@@ -20,7 +20,7 @@ class VisionLayout:
     """The vision tokens of one decoder call, on any device: a host may spread its layers over several.
 
     Attributes:
-        positions: (N,), indices into the flattened (B*S) positions.
+        positions: (N,), indices into the flattened (B*S) positions, ascending.
         slots: (N,), the token of the flattened (T*h*w) tokens that each position holds; None where they are simply all
             tokens in order (N = T*h*w). A call may hold a part of the tokens, as chunked prefill does; none twice. The
             number T*h*w itself marks a position that holds no vision token and stays as it is.

@@ -229,15 +229,21 @@ class Recall:
         if hidden.ndim != 3:
             raise ValueError(f"the decoder's hidden states have shape {tuple(hidden.shape)}, expected (B, S, D)")
         ready = next((made for owner, made in self.ready if owner is block), (None,) * len(self.parts))
-        columns = [self._arguments(block, *part, hidden, made) for part, made in zip(self.parts, ready, strict=True)]
+        parts = list(zip(self.parts, ready, strict=True))
+        if all(_is_rewritten_in_place(block, hidden, layout, made) for (_, layout), made in parts):
+            rewrite: Callable[..., Tensor] = block.rewrite  # type: ignore[attr-defined]
+            for (memory, layout), made in parts:
+                hidden = rewrite(hidden, layout.positions, made, tiles=layout.tiles, token_grid=memory.token_grid)
+            return hidden
+        columns = [self._arguments(block, *part, hidden, made) for part, made in parts]
         if len(columns) == 1:
             tokens, features, options = columns[0]
-            made: list[Tensor] = [block(tokens, features, **options)]
+            written: list[Tensor] = [block(tokens, features, **options)]
         else:
             # One call for all sizes: sharded weights are gathered once, however many sizes a process has.
             options = {name: [column[2][name] for column in columns] for name in columns[0][2]}
-            made = block([column[0] for column in columns], [column[1] for column in columns], **options)
-        for (_, layout), rewritten in zip(self.parts, made, strict=True):
+            written = block([column[0] for column in columns], [column[1] for column in columns], **options)
+        for (_, layout), rewritten in zip(self.parts, written, strict=True):
             hidden = layout.scatter(hidden, rewritten)
         return hidden
 
@@ -261,6 +267,13 @@ class Recall:
             return layout.gather(hidden), ready, options
         levels = [level.to(device) for level in memory.levels]
         return layout.gather(hidden), levels[0] if len(levels) == 1 else levels, options
+
+
+def _is_rewritten_in_place(block: Callable[..., Any], hidden: Tensor, layout: VisionLayout, ready: Any) -> bool:
+    """Whether the block rewrites rows where they stand: it was prepared for that, and no token is missing."""
+    if ready is None or layout.slots is not None or not hasattr(block, "rewrites"):
+        return False
+    return bool(block.rewrites(hidden, ready, len(layout.positions)))
 
 
 def _positions(placeholders: Tensor, count: int) -> Tensor:

@@ -12,8 +12,11 @@ from vision_remember.config import VisionRememberConfig
 from vision_remember.grid import Grid
 from vision_remember.interactions import INTERACTIONS, SELA, TokenMixer, build_interaction, interaction_options
 from vision_remember.interactions.bank import lay_side_by_side, save_apart
-from vision_remember.interactions.levels import Features, are_features
+from vision_remember.interactions.levels import Features, are_features, is_plain
+from vision_remember.interactions.region_cells import PreparedRaster
 from vision_remember.interactions.token_mixer import TokenMixerKind
+from vision_remember.ops.triton_local_attention import DTYPES
+from vision_remember.ops.triton_rows import MOST_ROWS, gather_normalised, write_update
 
 _NORM_EPS = 1e-6
 
@@ -222,6 +225,47 @@ class VisionRemember(nn.Module):
         text = None if text is None else self._cast(text)
         return tokens + self.token_mixer(self._cast(tokens), text=text, present=present).to(tokens.dtype)
 
+    def rewrites(self, hidden: Tensor, prepared: Any, tokens: int) -> bool:
+        """Whether :meth:`rewrite` does what the forward does between a gather and a scatter of rows.
+
+        Not with gradients or under autocast, nor where somebody listens or a stranger stands in a module's place.
+
+        Args:
+            hidden: (B, S, D).
+            prepared: what the forward would get as ``features``.
+            tokens: how many rows there are to rewrite.
+        """
+        if not isinstance(prepared, PreparedRaster) or torch.is_grad_enabled() or tokens > MOST_ROWS:
+            return False
+        reader = self.interaction
+        plain = is_plain(self, VisionRemember) and is_plain(self.norm, nn.RMSNorm) and self.token_mixer is None
+        plain = plain and is_plain(reader.vr_out, nn.Linear)  # type: ignore[arg-type]
+        fits = hidden.dtype in DTYPES and hidden.shape[-1] == reader.query_dim
+        return plain and fits and not torch.is_autocast_enabled(hidden.device.type)
+
+    def rewrite(
+        self, hidden: Tensor, positions: Tensor, prepared: PreparedRaster, *, tiles: int, token_grid: Grid
+    ) -> Tensor:
+        """The residual stream with some rows rewritten: gather, norm and scatter are parts of kernels.
+
+        Args:
+            hidden: (B, S, D).
+            positions: (T*h*w,), ascending: the rows of all (B*S) that hold the tokens, tile by tile.
+            prepared: by ``SELA(backend="triton")``.
+            tiles: T.
+            token_grid: (h, w).
+
+        Returns:
+            (B, S, D).
+        """
+        rows, positions = hidden.flatten(0, 1), positions.to(hidden.device)
+        reader: SELA = self.interaction  # type: ignore[assignment]
+        out: nn.Linear = reader.vr_out  # type: ignore[assignment]
+        tokens = gather_normalised(rows, positions, self.norm.weight, _NORM_EPS)
+        tokens = tokens.view(tiles, token_grid[0] * token_grid[1], hidden.shape[-1])
+        read = reader.read_raster(tokens, prepared, token_grid=token_grid, feature_grid=prepared.feature_grid)
+        return write_update(rows, positions, read.flatten(0, 1), out.weight, out.bias).view_as(hidden)
+
     def _cast_features(self, features: Features) -> Features:
         return self._cast(features) if isinstance(features, Tensor) else [self._cast(level) for level in features]
 
@@ -264,16 +308,25 @@ def prepare_together(
         if reader is not None:
             alike.setdefault((*reader.arrangement, next(reader.parameters()).dtype), {})[number] = reader
     for (*_, dtype), readers in alike.items():
-        cells = next(iter(readers.values())).region_cells(
+        own = list(readers.values())
+        if own[0].backend == "triton":
+            # With gradients each block's own call projects the levels.
+            if not learning:
+                cast = [level.to(dtype) for level in features]
+                rasters = SELA.project_rasters(own, cast, saliency, feature_grid=feature_grid)
+                for number, raster in zip(readers, rasters, strict=True):
+                    prepared[number] = raster
+            continue
+        cells = own[0].region_cells(
             [level.to(dtype) for level in features],
             None if saliency is None else saliency.to(dtype, memory_format=torch.contiguous_format),
             feature_grid=feature_grid,
             token_grid=token_grid,
         )
         if cells is not None:
-            made = [cells] * len(readers) if learning else SELA.project_together(list(readers.values()), cells)
-            for number, own in zip(readers, made, strict=True):
-                prepared[number] = own
+            made = [cells] * len(readers) if learning else SELA.project_together(own, cells)
+            for number, regions in zip(readers, made, strict=True):
+                prepared[number] = regions
     return prepared
 
 

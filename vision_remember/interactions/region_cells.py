@@ -1,4 +1,4 @@
-"""Cells in the order of their regions: ordered once per image, so that no layer has to copy them."""
+"""Cells prepared once per image: in the order of their regions, so that no layer copies them, or as they lie."""
 
 from __future__ import annotations
 
@@ -81,6 +81,32 @@ class PreparedRegions(NamedTuple):
     def check(self, tokens: Tensor, token_grid: Grid, window: int) -> None:
         """Raises ValueError unless these are the regions of (B, h*w, D) ``tokens``."""
         _check(self.key, self.token_grid, tokens, token_grid, window)
+
+
+class PreparedRaster(NamedTuple):
+    """Keys and values of B images where they lie, for kernels that find the regions themselves; M = H*W, times the
+    levels with fusion "tokens".
+
+    Attributes:
+        key: (B, heads, M, d).
+        value: (B, heads, M, d), without saliency.
+        saliency: (B, M) of any floating dtype, or None.
+        feature_grid: (H, W).
+    """
+
+    key: Tensor
+    value: Tensor
+    saliency: Tensor | None
+    feature_grid: Grid
+
+    def check(self, tokens: Tensor, feature_grid: Grid) -> None:
+        """Raises ValueError unless (B, h*w, D) ``tokens`` can read these."""
+        if self.feature_grid != tuple(feature_grid):
+            raise ValueError(f"this image was prepared for feature_grid={self.feature_grid}, not for {feature_grid}")
+        if self.key.shape[0] != tokens.shape[0]:
+            raise ValueError(f"{tokens.shape[0]} token grids, but {self.key.shape[0]} prepared images")
+        if self.key.device != tokens.device:
+            raise ValueError(f"devices differ: query {tokens.device}, key {self.key.device}")
 
 
 def _check(prepared: Tensor, prepared_for: Grid, tokens: Tensor, token_grid: Grid, window: int) -> None:

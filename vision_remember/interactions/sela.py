@@ -16,8 +16,9 @@ from vision_remember.interactions.cross_attention import CrossAttention
 from vision_remember.interactions.fusion import Concat
 from vision_remember.interactions.levels import FeatureNorm, Features, LevelLinear, is_plain, split_levels
 from vision_remember.interactions.parts import split_heads
-from vision_remember.interactions.region_cells import PreparedRegions, RegionCells, regions_between
+from vision_remember.interactions.region_cells import PreparedRaster, PreparedRegions, RegionCells, regions_between
 from vision_remember.ops import BACKENDS, local_attention, region_bias
+from vision_remember.ops.triton_local_attention import triton_local_attention
 from vision_remember.ops.windowed import attend_regions, merge_query_blocks, split_query_blocks
 
 Position = Literal["specialised", "learned", "none"]
@@ -160,19 +161,56 @@ class SELA(CrossAttention):
     @staticmethod
     def project_together(readers: Sequence[SELA], cells: RegionCells) -> list[RegionCells | PreparedRegions]:
         """:meth:`project_regions` of each; by one product where the weights stand side by side."""
-        features, own = cells.features, [reader.bankable for reader in readers]
-        absorbed = any(reader._absorbs(features) for reader in readers)
-        # On a CPU one product takes as long as its parts, and copies of a model, whose weights stand apart, would
-        # differ from it in the last bits.
-        if isinstance(features, Tensor) and features.is_cuda and all(own) and not absorbed:
-            bank = side_by_side([weight for weights in own for weight in weights])
-            if bank is not None:
-                made = keys_and_values(features, bank, cells.saliency, [reader.num_heads for reader in readers])
+        if not any(reader._absorbs(cells.features) for reader in readers):
+            made = _by_one_product(readers, cells.features, cells.saliency)
+            if made is not None:
                 return [PreparedRegions(key, value, cells.token_grid) for key, value in made]
         return [reader.project_regions(cells) for reader in readers]
 
+    @staticmethod
+    def project_rasters(
+        readers: Sequence[SELA], levels: Sequence[Tensor], saliency: Tensor | None, *, feature_grid: Grid
+    ) -> list[PreparedRaster]:
+        """Keys and values of each, of cells that stay in raster order; for readers of one arrangement.
+
+        Args:
+            readers: with ``backend="triton"``.
+            levels: one (B, H*W, c) each.
+            saliency: (B, H*W), or None.
+            feature_grid: (H, W).
+        """
+        features = readers[0].fusion.norm(torch.cat(list(levels), dim=-1))
+        made = _by_one_product(readers, features, None)
+        if made is None:
+            made = [reader.keys_and_values(reader.fusion.fuse(features), None)[:2] for reader in readers]
+        prepared = []
+        for reader, (key, value) in zip(readers, made, strict=True):
+            copies = reader.fusion.key_levels
+            own = saliency if saliency is None or copies == 1 else saliency.repeat(1, copies)
+            prepared.append(PreparedRaster(key, value, own, (feature_grid[0], feature_grid[1])))
+        return prepared
+
+    def read_raster(self, tokens: Tensor, prepared: PreparedRaster, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
+        """(B, h*w, D) tokens -> (B, h*w, width), what :meth:`attend` gives to the output projection."""
+        prepared.check(tokens, feature_grid)
+        query = split_heads(self.vr_query(tokens), self.num_heads)
+        read = triton_local_attention(
+            query,
+            prepared.key,
+            prepared.value,
+            query_grid=token_grid,
+            key_grid=feature_grid,
+            key_levels=self.fusion.key_levels,
+            window=self.window,
+            saliency=prepared.saliency,
+            bias=self._bias(query, token_grid, feature_grid),
+        )
+        return read.transpose(1, 2).flatten(2)
+
     def attend(self, tokens: Tensor, prepared: Any, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
         """The tokens' updates; see :meth:`Interaction.attend`."""
+        if isinstance(prepared, PreparedRaster):
+            return self.vr_out(self.read_raster(tokens, prepared, token_grid=token_grid, feature_grid=feature_grid))
         if isinstance(prepared, RegionCells) and not prepared.fused:
             prepared = self.project_regions(prepared)
         if not isinstance(prepared, (RegionCells, PreparedRegions)):
@@ -226,6 +264,21 @@ class SELA(CrossAttention):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, window={self.window}, backend={self.backend!r}"
+
+
+def _by_one_product(
+    readers: Sequence[SELA], features: Features, saliency: Tensor | None
+) -> list[tuple[Tensor, Tensor]] | None:
+    """Keys and values of each, where the weights stand side by side; else None."""
+    own = [reader.bankable for reader in readers]
+    # On a CPU one product takes as long as its parts, and copies of a model, whose weights stand apart, would differ
+    # from it in the last bits.
+    if not (isinstance(features, Tensor) and features.is_cuda and all(own)):
+        return None
+    bank = side_by_side([weight for weights in own for weight in weights])
+    if bank is None:
+        return None
+    return keys_and_values(features, bank, saliency, [reader.num_heads for reader in readers])
 
 
 def _position_table(position: Position, heads: int, window: int, cells: Grid, key_levels: int) -> nn.Parameter | None:

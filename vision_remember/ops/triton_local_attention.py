@@ -154,7 +154,7 @@ def _forward(
     window: int,
 ) -> tuple[Tensor, Tensor]:
     """The output (B, heads, h*w, d_v) and the logarithm of each softmax's denominator (B, heads, slots)."""
-    kernels = _kernels(query.device)
+    kernels = load_kernels(query.device)
     geometry = _geometry(h, w, H, W, window)
     query, key, value = (_dense_rows(x) for x in (query, key, value))
     out, lse = _empty_outputs(query, value, h, w, window)
@@ -218,7 +218,7 @@ def _backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value, saliency and bias; the last two are empty where nobody wants them."""
-    kernels = _kernels(query.device)
+    kernels = load_kernels(query.device)
     geometry = _geometry(h, w, H, W, window)
     query, key, value, grad_out = (_dense_rows(x) for x in (query, key, value, grad_out))
     grad_query, grad_key, grad_value = (_empty_heads(*x.shape, like=x) for x in (query, key, value))
@@ -304,7 +304,7 @@ _forward.register_autograd(_gradients, setup_context=_keep)
 _backward.register_autograd(_no_second_derivative)
 
 
-def _kernels(device: torch.device) -> ModuleType:
+def load_kernels(device: torch.device) -> ModuleType:
     """The module of kernels, imported on first use."""
     try:
         from vision_remember.ops import triton_kernels
