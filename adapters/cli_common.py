@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
+
+from vision_remember.registry import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,13 @@ class Choices:
         Raises:
             ValueError: one that cannot be read, or fresh blocks and an adapter asked for together.
         """
-        fresh = levels is not None or preset != "default" or assignments or projector is not None
+        fresh = layers != LAYERS or levels is not None or preset != "default" or assignments or projector is not None
         if adapter is not None and fresh:
             raise ValueError(
-                "--adapter brings its own configuration: leave out --levels, --preset, --set and --projector"
+                "--adapter brings its own configuration: leave out --layers, --levels, --preset, --set and --projector"
             )
+        if ratio != RATIO and projector is None:
+            raise ValueError(f"--ratio {ratio} without --projector: name the projector to swap in")
         return cls(
             adapter,
             numbers(layers, "--layers"),
@@ -66,6 +71,9 @@ class Choices:
             ratio,
         )
 
+
+LAYERS, RATIO = "1,4", 4
+"""What the commands take if nothing is said."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,7 +87,11 @@ Levels = Annotated[
 Preset = Annotated[str, typer.Option(help='"default" starts as an identity, "paper" is the paper as printed.')]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Any field of VisionRememberConfig; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="A field of VisionRememberConfig, with a value as in JSON; repeatable.",
+    ),
 ]
 ProjectorName = Annotated[
     str | None, typer.Option("--projector", help="Swap the projector for this one first (see docs/projectors.md).")
@@ -152,13 +164,20 @@ def overrides(assignments: list[str] | None) -> dict[str, Any]:
     """``["window=2", "saliency=null"]`` -> {"window": 2, "saliency": None}; values are JSON, or plain words.
 
     Raises:
-        ValueError: no ``=`` in one.
+        ValueError: no ``=`` in one, no such field, or one that has an option of its own.
     """
+    from vision_remember.config import VisionRememberConfig
+
+    known = [field.name for field in dataclasses.fields(VisionRememberConfig)]
     chosen = {}
     for assignment in assignments or []:
         name, equals, value = assignment.partition("=")
         if not equals:
             raise ValueError(f"--set {assignment!r}: expected FIELD=VALUE, such as window=2 or saliency=null")
+        if name in ("layers", "levels", "preset"):
+            raise ValueError(f"--set {name}: expected --{name}, which is an option of its own")
+        if name not in known:
+            raise ValueError(f"--set {name}: VisionRememberConfig has no such field; {did_you_mean(name, known)}")
         try:
             chosen[name] = json.loads(value)
         except ValueError:

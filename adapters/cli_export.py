@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from vision_remember.adapters.cli_common import (
+    LAYERS,
+    RATIO,
     Adapter,
     AsJson,
     Choices,
@@ -42,12 +44,12 @@ def export_command(
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Largest difference that passes the check.")] = 1e-3,
     adapter: Adapter = None,
-    layers: Layers = "1,4",
+    layers: Layers = LAYERS,
     levels: Levels = None,
     preset: Preset = "default",
     assignments: Set = None,
     projector: ProjectorName = None,
-    ratio: Ratio = 4,
+    ratio: Ratio = RATIO,
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vision_remember.adapters.cli_common import (
+    LAYERS,
+    RATIO,
     Adapter,
     AsJson,
     Choices,
@@ -30,12 +32,12 @@ if TYPE_CHECKING:
 @helpful
 def inspect_command(
     model: Model,
-    layers: Layers = "1,4",
+    layers: Layers = LAYERS,
     levels: Levels = None,
     preset: Preset = "default",
     assignments: Set = None,
     projector: ProjectorName = None,
-    ratio: Ratio = 4,
+    ratio: Ratio = RATIO,
     adapter: Adapter = None,
     revision: Revision = None,
     as_json: AsJson = False,

@@ -29,8 +29,8 @@ def demo_command(
 ) -> None:
     """Train small LLaVAs on rendered pages, with and without Vision Remember, and write a report.
 
-    Takes some minutes on a CPU; no network, no weights. The report is DEMO/report.html, the numbers are in
-    DEMO/results.json. A run that was cut short goes on where it stopped.
+    Takes some minutes on a CPU; no network, no weights. The report is `report.html` in the folder --out, the numbers
+    are in `results.json` beside it. A run that was cut short goes on where it stopped.
 
     Examples:
 
@@ -52,14 +52,17 @@ def demo_command(
 def train_command(context: typer.Context) -> None:
     """Train Vision Remember in a model, in the two phases of the paper.
 
-    All arguments go on to the training script, which takes them as flags or as one JSON or YAML file, the way training
-    scripts of transformers do: its own fields and those of `TrainingArguments`.
+    All arguments go on to the training script: flags of its own and those of transformers' `TrainingArguments`, or a
+    YAML file of them (--config FILE), which flags overrule. --backend says what trains: loop (plain PyTorch), trainer
+    (transformers) or trl (SFTTrainer).
 
     Examples:
 
         vision-remember train --backend loop -- --help      # all of its flags
 
-        vision-remember train --backend trainer --config phase1.yaml --output_dir run
+        vision-remember train --backend loop --model tiny --layers 1 3 --max_steps 60 --output_dir run
+
+        vision-remember train --backend trainer --config examples/configs/tiny.yaml --output_dir run    # in a clone
 
     Needs `pip install 'vision-remember[train]'`.
     """

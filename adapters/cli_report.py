@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from vision_remember.adapters.cli_common import (
+    LAYERS,
+    RATIO,
     Adapter,
     AsJson,
     Choices,
@@ -40,12 +42,12 @@ def report_command(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 64,
     adapter: Adapter = None,
-    layers: Layers = "1,4",
+    layers: Layers = LAYERS,
     levels: Levels = None,
     preset: Preset = "default",
     assignments: Set = None,
     projector: ProjectorName = None,
-    ratio: Ratio = 4,
+    ratio: Ratio = RATIO,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     revision: Revision = None,

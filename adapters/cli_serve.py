@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from vision_remember.adapters.cli_common import (
+    LAYERS,
+    RATIO,
     Adapter,
     Choices,
     Layers,
@@ -28,12 +30,12 @@ def serve_command(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     adapter: Adapter = None,
-    layers: Layers = "1,4",
+    layers: Layers = LAYERS,
     levels: Levels = None,
     preset: Preset = "default",
     assignments: Set = None,
     projector: ProjectorName = None,
-    ratio: Ratio = 4,
+    ratio: Ratio = RATIO,
 ) -> None:
     """Serve a model with Vision Remember over HTTP, by the OpenAI protocol.
 

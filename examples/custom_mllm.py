@@ -2,6 +2,8 @@
 
     python -m examples.custom_mllm
 
+It needs timm, which the extra `timm` brings.
+
 The model below is written by hand and knows nothing of Vision Remember; `remember` is all it takes. What the library
 asks of such a model is in the names: a method `get_image_features` that returns each image's tokens, a `forward` that
 calls it and passes other keywords on to the language model, and tokens that take the place of placeholders in order.

@@ -116,8 +116,8 @@ def test_weights_of_blocks_inside_a_model_need_their_adapter(saved: dict[str, Pa
     model = build_llava()
     attach_vision_remember(model, [1, 3])
     model.save_pretrained(folder)
-    arguments = ("report", folder, saved["picture"], "--out", page, "--layers", "1,3", "--max-new-tokens", "1")
-    assert "weights of Vision Remember" in run(*arguments, code=2).stderr
+    arguments = ("report", folder, saved["picture"], "--out", page, "--max-new-tokens", "1")
+    assert "weights of Vision Remember" in run(*arguments, "--layers", "1,3", code=2).stderr
     assert not page.exists()
     run(*arguments, "--adapter", saved["adapter"])
     assert page.exists()
@@ -156,6 +156,12 @@ def test_export_of_untrained_blocks_is_checked_with_random_weights(saved: dict[s
             ("inspect", "{bare}", "--adapter", "{adapter}", "--set", "window=2"),
             "--adapter brings its own configuration",
         ),
+        (("inspect", "{bare}", "--adapter", "{adapter}", "--layers", "2"), "leave out --layers, --levels"),
+        (("inspect", "{bare}", "--set", "layers=[1]"), "--set layers: expected --layers"),
+        (("inspect", "{bare}", "--set", "levels=[1]"), "--set levels: expected --levels"),
+        (("inspect", "{bare}", "--set", "preset=paper"), "--set preset: expected --preset"),
+        (("inspect", "{bare}", "--set", "spec=llava"), "VisionRememberConfig has no such field"),
+        (("inspect", "{bare}", "--ratio", "9"), "--ratio 9 without --projector"),
         (("inspect", "/nowhere"), "has no config.json"),
         (("inspect", "{bare}", "--adapter", "./nowhere"), "./nowhere is neither a folder nor a repository id"),
         (("report", "{full}", "{full}"), "is no picture that can be read"),
@@ -205,7 +211,7 @@ def test_scripts_get_the_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "has no benchmarks/proof: use the source repository" in run("bench", "proof", code=2).stderr
     assert (list(sys.path), list(sys.argv)) == before
     for name in [name for name in sys.modules if name.split(".")[0] in ("examples", "benchmarks")]:
-        monkeypatch.delitem(sys.modules, name)
+        del sys.modules[name]  # the stand-ins; the real ones come back by themselves
 
 
 def test_an_attached_model_is_what_a_server_answers_with(saved: dict[str, Path]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 
+import vision_remember.adapters
 from tests.hosts import DECODER_CONFIGS, build_llava, decoder_sizes, image_side
 from tests.processors import llava_processor
 
@@ -105,3 +106,9 @@ def test_pages_run_by_others_are_run_there() -> None:
     for page, test in RUN_BY_OTHERS.items():
         assert examples(page)
         assert Path(page).name in (ROOT / "tests" / test).read_text()
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for module in (vision_remember, vision_remember.adapters):
+        assert [name for name in module.__all__ if not re.search(rf"\b{name}\b", page)] == []

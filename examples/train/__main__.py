@@ -24,8 +24,13 @@ def main(argv: list[str] | None = None) -> list[float]:
         "python -m examples.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False, allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("--backend", choices=list(BACKENDS), required=True)
+    parser.add_argument("--backend", choices=list(BACKENDS), help="what trains; --help behind it lists all flags")
     chosen, rest = parser.parse_known_args(argv)
+    if chosen.backend is None:
+        if not {"-h", "--help"}.isdisjoint(rest):
+            parser.print_help()
+            raise SystemExit(0)
+        parser.error(f"expected --backend and one of {', '.join(BACKENDS)}")
     backend = importlib.import_module(f"examples.train.{BACKENDS[chosen.backend]}")
     losses: list[float] = backend.main(rest)
     if losses:
