@@ -75,7 +75,7 @@ def test_a_layer_reads_what_a_loop_over_the_images_computes(decoder: str, encode
     normed = tower.encoder.layers[-1].layer_norm1(hidden[-2])[:, prefix:]
     width = attention.head_dim
     query, key = (p(normed).unflatten(-1, (-1, width)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
-    saliency = ((query @ key.transpose(-1, -2)) / width**0.5).mean((1, 2)).sigmoid().detach()
+    saliency = 1 + ((query @ key.transpose(-1, -2)) / width**0.5).mean((1, 2)).sigmoid().detach()
 
     expected = plain.clone()
     positions = (inputs["input_ids"] == IMAGE_TOKEN).nonzero()

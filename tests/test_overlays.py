@@ -36,7 +36,10 @@ def attached(**options: Any) -> tuple[Any, Any, dict[str, torch.Tensor]]:
 
 def test_the_map_of_a_plain_host_is_the_encoders() -> None:
     model, handle, inputs = attached()
-    tap = MultiLevelTap(model.model.vision_tower, handle.config.levels, center=handle.config.saliency_center)
+    config = handle.config
+    tap = MultiLevelTap(
+        model.model.vision_tower, config.levels, variant=config.saliency_variant, center=config.saliency_center
+    )
     with torch.no_grad(), tap.capture() as captured:
         model.model.vision_tower(inputs["pixel_values"])
     maps = saliency_map(model, inputs)

@@ -87,7 +87,7 @@ class VisionRememberConfig:
     token_mixer: Literal["self", "text_guided"] | None = None
     saliency: SaliencySource | None = "auto"
     saliency_level: int | None = None
-    saliency_variant: str = "logit"
+    saliency_variant: str = "boost"
     saliency_center: Literal["none", "mean", "zscore"] = "mean"
     saliency_temperature: float = 1.0
     token_grid: Grid | None = None
@@ -193,6 +193,7 @@ PRESETS: Registry[dict[str, Any]] = Registry(
             "query_layers": 2,
             "output_layers": 2,
             "zero_init": False,
+            "saliency_variant": "logit",
             "saliency_center": "none",
         },
     },

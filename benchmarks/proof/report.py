@@ -46,7 +46,7 @@ _PAPER_4 = {
     "baseline (average pool)": ("4a", "baseline"),
     "+ resample (deformable, last level)": ("4a", "vision resample"),
     "+ multi-level": ("4a", "vision resample, several levels"),
-    "+ SELA (default preset)": ("4a", "vision resample, several levels, SELA"),
+    "+ SELA": ("4a", "vision resample, several levels, SELA"),
     "global attention": ("4b", "global attention"),
     "deformable attention": ("4b", "deformable attention"),
     "SELA": ("4b", "SELA"),

@@ -142,15 +142,17 @@ def suite_arms(name: str, level: Level, results: Path) -> list[ArmSpec]:
 
 
 def chosen_arms(level: Level, results: Path) -> list[ArmSpec]:
-    """What did best on the validation pages at each ratio that was searched, where that is not the default."""
+    """What did best on the validation pages at each ratio: of all that was tried, and of what adds no parameters."""
     lines = {line["key"]: line for line in read_lines(results)}
-    arms = []
+    arms: list[ArmSpec] = []
     for ratio in SEARCHED_RATIOS:
         runs = [(arm, lines.get(Job(arm, TUNING_SEED).key(level))) for arm in searched_arms(ratio)]
-        known = [(validation_mean(line), -place, arm) for place, (arm, line) in enumerate(runs) if line is not None]
-        if known and (best := max(known)[2]) is not runs[0][0]:
-            arms.append(best)
-    return arms
+        known = [(arm, line) for arm, line in runs if line is not None]
+        if known:
+            size = known[0][1]["parameters"]["blocks"]
+            small = [(arm, line) for arm, line in known if line["parameters"]["blocks"] <= size]
+            arms += [max(some, key=lambda run: validation_mean(run[1]))[0] for some in (known, small)]
+    return distinct(arms)
 
 
 def tuned_arms(level: Level, results: Path) -> list[ArmSpec]:

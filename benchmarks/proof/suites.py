@@ -59,7 +59,7 @@ def _table4a() -> list[ArmSpec]:
         replace(POOLED, name="baseline (average pool)"),
         variant("+ resample (deformable, last level)", **deformable, levels=(-1,)),
         variant("+ multi-level", **deformable),
-        variant("+ SELA (default preset)"),
+        variant("+ SELA"),
         variant("saliency alone", position="none"),
         variant("window position alone", saliency=None),
         variant("neither saliency nor position", saliency=None, position="none"),
@@ -111,8 +111,8 @@ _TRIED_AT_9: dict[str, dict[str, object]] = {
 
 
 def searched_arms(ratio: int) -> list[ArmSpec]:
-    """What is tried for a better default at a ratio: the default, changes to it, and other places of the blocks."""
-    default = replace(remember(ratio), name=f"1/{ratio}: the default")
+    """What is tried for a better default at a ratio: SELA as in the tables, changes, other places of the blocks."""
+    default = replace(remember(ratio), name=f"1/{ratio}: as in the tables")
     tried = _TRIED if ratio == 4 else _TRIED_AT_9
     arms = [replace(default, name=f"1/{ratio}: {name}", overrides=overrides) for name, overrides in tried.items()]
     moved = [replace(default, name=f"1/{ratio}: blocks before 1, 2", layers=(1, 2))] if ratio == 4 else []

@@ -22,7 +22,7 @@ class Look:
     """One page through the Vision Remember arm.
 
     Attributes:
-        saliency: (12, 12), in (0, 1): the factor on each cell's values.
+        saliency: (12, 12), the factor on each cell's values.
         token_grid: (h, w) of the vision tokens.
         attention: Per decoder layer with a block, (heads, h * w, 12, 12): each token's weights over the page.
     """
@@ -47,7 +47,9 @@ def look_at(arm: Arm, page: Pages) -> Look:
             tokens[layer] = normalised
 
         hooks.append(block.norm.register_forward_hook(keep))
-    tap = MultiLevelTap(arm.model.model.vision_tower, LEVELS, center=config.saliency_center)
+    tap = MultiLevelTap(
+        arm.model.model.vision_tower, LEVELS, variant=config.saliency_variant, center=config.saliency_center
+    )
     with tap.capture() as captured:
         question_logits(arm, page, torch.zeros(1, 1, dtype=torch.long))
     for hook in hooks:
