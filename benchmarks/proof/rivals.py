@@ -43,7 +43,7 @@ def _rivals() -> tuple[Rival, ...]:
             Rival(f"FastV 1/{ratio}", "fastv", {"layer": 2, "keep": keep}),
             Rival(f"FasterVLM 1/{ratio}", "faster_vlm", {"keep": keep}),
             Rival(f"VisionZip 1/{ratio}", "vision_zip", {"dominant": 0.85 * keep, "contextual": 0.15 * keep}),
-            Rival(f"PruMerge+ 1/{ratio}", "prumerge_plus", {"keep": keep}),
+            Rival(f"PruMerge+, outliers 1/{ratio}", "prumerge_plus", {"keep": keep}),
             Rival(f"random 1/{ratio}", "random", {"keep": keep}),
             Rival(f"uniform 1/{ratio}", "uniform", {"keep": keep}),
         ]
