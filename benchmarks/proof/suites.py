@@ -107,6 +107,11 @@ _TRIED_AT_9: dict[str, dict[str, object]] = {
     "a head per cell": {"attn_dim": 144, "num_heads": 9},
     "two heads per cell": {"attn_dim": 288, "num_heads": 18},
     "two heads per cell, no saliency": {"attn_dim": 288, "num_heads": 18, "saliency": None},
+    "two heads per cell, saliency that takes nothing away": {
+        "attn_dim": 288,
+        "num_heads": 18,
+        "saliency_variant": "boost",
+    },
 }
 
 
