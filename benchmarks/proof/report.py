@@ -21,6 +21,7 @@ from .runner import Job, read_lines, stages_file, suite_arms
 from .statistics import Mean, compared, mean_of, recovered
 from .suites import (
     INTERACTION_NAMES,
+    RATIOS,
     SEARCHED_RATIOS,
     SUITES,
     TUNING_RATES,
@@ -71,7 +72,8 @@ class Results:
     def __init__(self, path: Path, level: Level, *, tuned: bool = True) -> None:
         self.path, self.level = path, level
         self.lines = read_lines(path)
-        self.times: dict[str, Any] = json.loads(times_file(path).read_text(encoding="utf-8"))["times"]
+        times = times_file(path)
+        self.times: dict[str, Any] = json.loads(times.read_text(encoding="utf-8"))["times"] if times.exists() else {}
         self.stages: dict[str, Any] = json.loads(stages_file(path).read_text(encoding="utf-8"))
         self.number = {line["key"]: number for number, line in enumerate(self.lines, 1)}
         self.by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -187,13 +189,15 @@ def recovery_rows(results: Results) -> list[str]:
         ["ratio", "pooled", "with Vision Remember", "no compression", "won back, %", "prefill, to pooled"],
         ["---"] * 6,
     ]
-    for ratio in (4, 9, 16):
-        low, mine, high = f"pooled 1/{ratio}", f"pooled 1/{ratio} + VR", "no compression"
+    arms = [(f"1/{ratio}", f"pooled 1/{ratio} + VR") for ratio in RATIOS]
+    arms += [(arm.name, arm.name) for arm in results.suites["search"] if arm.name.startswith("1/")]
+    for title, mine in arms:
+        low, high = f"pooled {title.split(':')[0]}", "no compression"
         if all(results.by_arm[name] for name in (low, mine, high)):
             share = recovered(*(results.by_arm[name] for name in (mine, low, high)), results.tasks(DETAIL))
             times = [results.time(name, "prefill") for name in (mine, low)]
             cells = [str(results.mean(name, DETAIL)) for name in (low, mine, high)]
-            rows.append([f"1/{ratio}", *cells, str(share), _ratio(times[0] and times[1] and times[0] / times[1])])
+            rows.append([title, *cells, str(share), _ratio(times[0] and times[1] and times[0] / times[1])])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
