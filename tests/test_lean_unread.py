@@ -106,7 +106,8 @@ def test_the_features_are_those_of_a_whole_run() -> None:
     seen: dict[str, Any] = {}
     handle.module["1"].forward = lambda tokens, features, **given: seen.update(given, features=features) or tokens
     logits(model, **inputs)
-    tap = MultiLevelTap(copy.deepcopy(model.model.vision_tower), (2, 4), center="mean")
+    variant = handle.config.saliency_variant
+    tap = MultiLevelTap(copy.deepcopy(model.model.vision_tower), (2, 4), variant=variant, center="mean")
     with tap.capture() as captured, torch.no_grad():
         tap.encoder(inputs["pixel_values"])
     assert all(torch.equal(own, other) for own, other in zip(seen["features"], captured.levels, strict=True))

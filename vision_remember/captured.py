@@ -20,7 +20,7 @@ class CapturedGroup:
         numbers: the tiles' places among all tiles of the run.
         grid: (H, W).
         levels: one (T, H*W, C) per level in the order asked for.
-        saliency: (T, H*W) in (0, 1), or None.
+        saliency: (T, H*W), positive, or None.
     """
 
     numbers: tuple[int, ...]
@@ -88,7 +88,7 @@ class Captured:
 
     @property
     def saliency(self) -> Tensor | None:
-        """(B, H*W) in (0, 1), without gradient; None if not asked for."""
+        """(B, H*W), positive, without gradient; None if not asked for."""
         return None if self._saliency is None else self._only().saliency
 
     def joined(self) -> Tensor:
