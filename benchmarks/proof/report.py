@@ -17,7 +17,7 @@ from .claims import CLAIMS, DETAIL, Claim
 from .figures import density_figure, forgetting_figure, pareto_figure
 from .levels import LEVELS, Level
 from .pages import task_groups, task_names
-from .runner import Job, read_lines, stages_file, suite_arms
+from .runner import Job, read_lines, stages_file, suite_arms, validation_mean
 from .statistics import Mean, compared, mean_of, recovered
 from .suites import (
     INTERACTION_NAMES,
@@ -225,9 +225,9 @@ def search_rows(results: Results) -> list[str]:
     for arm in (arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio)):
         line = known.get(Job(arm, TUNING_SEED).key(results.level))
         if line is not None:
-            last = _last(line)
+            last = line["curve"]["validation"][-1]
             detail = f"{100 * statistics.fmean(last[task] for task in results.tasks(DETAIL)):.1f}"
-            rows.append([arm.name, detail, results.link(line, f"{100 * statistics.fmean(last.values()):.1f}")])
+            rows.append([arm.name, detail, results.link(line, f"{100 * validation_mean(line):.1f}")])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
@@ -273,17 +273,9 @@ def tuning_rows(results: Results) -> list[str]:
     rows = [["interaction", *(f"rate {rate:g}" for rate in TUNING_RATES)], ["---"] * (1 + len(TUNING_RATES))]
     for name in INTERACTION_NAMES:
         lines = [known.get(Job(arm, TUNING_SEED).key(results.level)) for arm in tuning_arms(name)]
-        last = [
-            "–" if line is None else results.link(line, f"{100 * statistics.fmean(_last(line).values()):.1f}")
-            for line in lines
-        ]
+        last = ["–" if line is None else results.link(line, f"{100 * validation_mean(line):.1f}") for line in lines]
         rows.append([INTERACTION_NAMES[name], *last])
     return ["| " + " | ".join(row) + " |" for row in rows]
-
-
-def _last(line: Mapping[str, Any]) -> dict[str, float]:
-    validation: dict[str, float] = line["curve"]["validation"][-1]
-    return validation
 
 
 def written_part(results: Results) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_remember import attach_pruner
+from vision_remember.adapters import PrunerHandle
 
 from .arms import Arm
 from .prompts import prompts
@@ -91,6 +92,17 @@ def windows_as_masks(decoder: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def pruning(arm: Arm, rival: Rival) -> Iterator[PrunerHandle]:
+    """Inside the ``with`` the arm's model is pruned."""
+    with windows_as_masks(arm.model.model.language_model):
+        handle = attach_pruner(arm.model, rival.pruner, **rival.options)
+        try:
+            yield handle
+        finally:
+            handle.detach()
+
+
 @torch.no_grad()
 def asked_alone(arm: Arm, world: World) -> dict[str, float]:
     """Accuracy by task of the model's own forward, question by question, on the first questions of the test pages."""
@@ -123,13 +135,9 @@ def pruned(arm: Arm, world: World) -> dict[str, Any]:
         pages. "none" is the arm itself, asked in the same way.
     """
     found: dict[str, Any] = {"none": {"test": asked_alone(arm, world)}}
-    with windows_as_masks(arm.model.model.language_model):
-        for rival in RIVALS:
-            handle = attach_pruner(arm.model, rival.pruner, **rival.options)
-            try:
-                test = asked_alone(arm, world)
-                left = handle.tokens_per_layer.float().mean().item()
-                found[rival.name] = {"test": test, "tokens": round(left, 2)}
-            finally:
-                handle.detach()
+    for rival in RIVALS:
+        with pruning(arm, rival) as handle:
+            test = asked_alone(arm, world)
+            left = handle.tokens_per_layer.float().mean().item()
+            found[rival.name] = {"test": test, "tokens": round(left, 2)}
     return found

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.proof.times``: what arms and pruners cost, side by side in one run, on an idle machine.
+"""``python -m benchmarks.proof.times``: what arms and pruners cost, side by side in one run.
 
 Time does not depend on what an arm has learned, so all of them are built anew and take turns.
 """
@@ -7,31 +7,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import trange
 
-from vision_remember import attach_pruner
+from benchmarks.speed.measure import Plan
+from benchmarks.speed.measure import measure as side_by_side
 
 from .arms import Arm, ArmSpec, build_arm
 from .levels import LEVELS, Level
 from .prepare import Workshop
 from .prompts import prompts
-from .rivals import RIVALS, windows_as_masks
+from .rivals import RIVALS, pruning
 from .runner import versions
 from .suites import POOLED, SEARCHED_RATIOS, SUITES, distinct, searched_arms
 from .train import Set, World, arm_logits
 from .words import Streams
 
-PAGES, WARM_UP = 8, 3
+PAGES = 8
 
 
 def first_questions(data: Set) -> Set:
@@ -59,53 +56,35 @@ def calls_of(arm: Arm, world: World) -> dict[str, Callable[[], object]]:
 
 
 @torch.no_grad()
-def measured(calls: Sequence[Callable[[], object]], repeats: int, device: str) -> list[list[float]]:
-    """Seconds of each of some calls, which take turns; the first rounds warm up and do not count."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for repeat in trange(repeats + WARM_UP, desc="rounds", leave=False):
-        for call, values in zip(calls, seconds, strict=True):
-            start = _now(device)
-            call()
-            if repeat >= WARM_UP:
-                values.append(_now(device) - start)
-    return seconds
-
-
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def ratios(seconds: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Quartiles of the ratio to the reference of the same round: lower, median, upper."""
-    found = statistics.quantiles([a / b for a, b in zip(seconds, reference, strict=True)], n=4)
-    return [round(value, 3) for value in found]
-
-
 def measure(level: Level, world: World) -> dict[str, Any]:
     """Times every distinct arm of the suites, and the pruners on the arm without compression.
 
     Returns:
         By arm, quartiles of "prefill" and "forward" relative to average pooling at 1/4; by pruner, those of "forward".
     """
-    arms = {spec.name: _built(spec, world) for spec in _timed(world)}
-    calls = {name: calls_of(arm, world) for name, arm in arms.items()}
+    calls = {spec.name: calls_of(_built(spec, world), world) for spec in _timed(world)}
     found: dict[str, Any] = {name: {} for name in calls}
     for part in ("prefill", "forward"):
-        seconds = measured([own[part] for own in calls.values()], level.prefill_repeats, level.device)
-        reference = seconds[list(calls).index(POOLED.name)]
-        for name, values in zip(calls, seconds, strict=True):
-            found[name][part] = ratios(values, reference)
-    forward = calls[POOLED.name]["forward"]
+        for name, quartiles in _quartiles(level, part, {name: own[part] for name, own in calls.items()}).items():
+            found[name][part] = quartiles
+    reference = {POOLED.name: calls[POOLED.name]["forward"]}
     for rival in RIVALS:
         arm = _built(ArmSpec("no compression", projector=None, ratio=1), world)
-        with ExitStack() as stack:
-            stack.enter_context(windows_as_masks(arm.model.model.language_model))
-            handle = attach_pruner(arm.model, rival.pruner, **rival.options)
-            stack.callback(handle.detach)
-            mine, other = measured([calls_of(arm, world)["forward"], forward], level.prefill_repeats, level.device)
-        found[rival.name] = {"forward": ratios(mine, other)}
+        with pruning(arm, rival):
+            timed = _quartiles(level, rival.name, {**reference, rival.name: calls_of(arm, world)["forward"]})
+        found[rival.name] = {"forward": timed[rival.name]}
+    return found
+
+
+def _quartiles(level: Level, case: str, calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Quartiles of each call's time relative to the first's, lower, median and upper."""
+    results = side_by_side(Plan(level.device, level.prefill_repeats), case, calls)
+    found = {}
+    for result in results:
+        if result.ratio is None or result.ratio_quartiles is None:
+            raise RuntimeError(f"{result.name}, {case}: {result.failure}")
+        low, high = result.ratio_quartiles
+        found[result.name] = [round(value, 3) for value in (low, result.ratio, high)]
     return found
 
 
