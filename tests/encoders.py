@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 from vision_remember import MultiLevelTap
-
-hf = pytest.importorskip("transformers")
 
 DEPTH, HEADS, WIDTH, PATCH = 4, 2, 24, 4
 SIZES = {

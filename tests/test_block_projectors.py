@@ -9,6 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
+from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
+from transformers.models.lfm2_vl.modeling_lfm2_vl import Lfm2VlMultiModalProjector
+from transformers.models.llama4.modeling_llama4 import pixel_shuffle
+from transformers.models.mistral3.modeling_mistral3 import Mistral3PatchMerger
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector
 
 from tests.rasters import C, D, image, projector, random_features, randomised, same, sequence
 from vision_remember import build_projector
@@ -65,11 +71,6 @@ def test_joining_neighbours_of_a_row_would_be_something_else() -> None:
 
 
 def test_space_to_depth_is_that_of_the_models_in_transformers() -> None:
-    pytest.importorskip("transformers")
-    from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
-    from transformers.models.internvl.modeling_internvl import InternVLModel
-    from transformers.models.llama4.modeling_llama4 import pixel_shuffle
-    from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector
 
     given = random_features((12, 12))
     for side in (2, 4):
@@ -82,9 +83,6 @@ def test_space_to_depth_is_that_of_the_models_in_transformers() -> None:
 
 
 def test_pixel_shuffle_is_internvls_projector_from_either_layout() -> None:
-    pytest.importorskip("transformers")
-    from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
-
     config: Any = Config(
         vision_config=Config(hidden_size=C), text_config=Config(hidden_size=D), downsample_ratio=0.5,
         projector_hidden_act="gelu",
@@ -106,9 +104,6 @@ def test_pixel_shuffle_is_internvls_projector_from_either_layout() -> None:
 @pytest.mark.parametrize("family", ["idefics3", "smolvlm"])
 def test_pixel_shuffle_is_the_connector_of_idefics3_and_smolvlm(family: str, side: int, oblong: Grid) -> None:
     """On squares: they mistake an oblong grid whose area is a square for that square, without an error."""
-    pytest.importorskip("transformers")
-    from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
-    from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector
 
     config = Config(vision_config=Config(hidden_size=C), text_config=Config(hidden_size=D), scale_factor=side)
     theirs = (Idefics3Connector if family == "idefics3" else SmolVLMConnector)(config)
@@ -122,9 +117,6 @@ def test_pixel_shuffle_is_the_connector_of_idefics3_and_smolvlm(family: str, sid
 
 
 def test_pixel_shuffle_is_lfm2_vls_projector_on_oblong_grids() -> None:
-    pytest.importorskip("transformers")
-    from transformers.models.lfm2_vl.modeling_lfm2_vl import Lfm2VlMultiModalProjector
-
     config: Any = Config(
         vision_config=Config(hidden_size=C), text_config=Config(hidden_size=D), downsample_factor=2,
         projector_use_layernorm=True, projector_hidden_size=D, projector_bias=True, projector_hidden_act="gelu",
@@ -136,8 +128,6 @@ def test_pixel_shuffle_is_lfm2_vls_projector_on_oblong_grids() -> None:
 
 
 def test_pixel_shuffle_by_channels_is_mistral3s_merger() -> None:
-    pytest.importorskip("transformers")
-    from transformers.models.mistral3.modeling_mistral3 import Mistral3PatchMerger
 
     config: Any = Config(vision_config=Config(hidden_size=C, patch_size=14), spatial_merge_size=2)
     theirs = Mistral3PatchMerger(config)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.perception_lm.modeling_perception_lm import PerceptionLMMultiModalProjector
 
 from tests.rasters import C, D, image, projector, random_features, randomised, same, sequence
 from vision_remember.grid import Grid
@@ -71,8 +72,6 @@ def test_ldp_refuses_a_grid_that_no_stride_makes() -> None:
 
 
 def test_ldpv2_is_perception_lms_projector_plus_its_convolution() -> None:
-    pytest.importorskip("transformers")
-    from transformers.models.perception_lm.modeling_perception_lm import PerceptionLMMultiModalProjector
 
     config: Any = Config(
         vision_config=Config(model_args={"embed_dim": C}), text_config=Config(hidden_size=D), projector_pooling_ratio=2

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.deformable_detr import modeling_deformable_detr
 
 from vision_remember.grid import Grid
 from vision_remember.ops import deformable_sample
@@ -82,10 +83,9 @@ def test_gradients(grids: list[Grid]) -> None:
 
 
 def test_equals_deformable_detrs() -> None:
-    detr = pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")
     grids: list[Grid] = [(6, 4), (3, 5)]
     values, locations, weights = inputs(grids)
-    theirs = detr.MultiScaleDeformableAttention()(
+    theirs = modeling_deformable_detr.MultiScaleDeformableAttention()(
         torch.cat(values, dim=1), torch.tensor(grids), grids, None, locations, weights, 64
     )
     torch.testing.assert_close(deformable_sample(values, locations, weights, grids=grids).flatten(2), theirs)

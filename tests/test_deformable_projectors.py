@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import DeformableDetrConfig
+from transformers.models.deformable_detr import modeling_deformable_detr as detr
 
 from tests.reference import visible_cells
 from tests.test_attention_projectors import C, D, draw, shaken
@@ -20,14 +22,7 @@ from vision_remember.projectors.deformable_attention import DeformableAttention
 # deformable attention, D-Abstractor, deformable pool
 
 
-@pytest.fixture
-def detr() -> Any:
-    return pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")
-
-
 def detr_config() -> Any:
-    from transformers import DeformableDetrConfig
-
     return DeformableDetrConfig(
         d_model=C, num_feature_levels=1, decoder_attention_heads=2, decoder_n_points=3, decoder_ffn_dim=8,
         use_timm_backbone=False, use_pretrained_backbone=False, attn_implementation="eager",
@@ -51,7 +46,7 @@ DETR_NAMES = {
 }
 
 
-def test_d_abstractor_is_a_stack_of_deformable_detrs_layers(detr: Any) -> None:
+def test_d_abstractor_is_a_stack_of_deformable_detrs_layers() -> None:
     layer = shaken(detr.DeformableDetrDecoderLayer(detr_config()))
     grid, out_grid = (6, 4), (3, 2)
     module = shaken(
@@ -77,7 +72,7 @@ def test_d_abstractor_is_a_stack_of_deformable_detrs_layers(detr: Any) -> None:
     torch.testing.assert_close(module(given, grid), module.out(queries), rtol=1e-4, atol=1e-4)
 
 
-def test_deformable_attention_starts_as_deformable_detrs_does(detr: Any) -> None:
+def test_deformable_attention_starts_as_deformable_detrs_does() -> None:
     theirs = detr.DeformableDetrMultiscaleDeformableAttention(detr_config(), num_heads=8, n_points=3)
     detr.DeformableDetrPreTrainedModel(detr_config())._init_weights(theirs)
     ours = DeformableAttention(C, 8, 3)
@@ -188,7 +183,7 @@ def released_d_abstractor(cells: int, width: int, end: int) -> dict[str, torch.T
 
 
 @pytest.mark.parametrize(("width", "cells", "end"), [(C, 36, 0), (2 * C, 37, 3)], ids=["plain", "all options"])
-def test_weights_of_honeybees_d_abstractor_fit(width: int, cells: int, end: int, detr: Any) -> None:
+def test_weights_of_honeybees_d_abstractor_fit(width: int, cells: int, end: int) -> None:
     """The layers are Deformable DETR's, in the names of its day; what is around them is read here."""
     state = released_d_abstractor(cells, width, end)
     module = DAbstractor(

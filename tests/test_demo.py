@@ -11,10 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
-pytest.importorskip("tqdm")
-
 from examples import own_training_loop
 from examples.demo import stages
 from examples.demo.__main__ import main

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from vision_remember import PROJECTORS, build_projector
 from vision_remember.grid import Grid
@@ -245,8 +247,6 @@ def test_adaptive_avg_pool_has_the_parameters_of_llavas_projector(out_dim: int, 
 
 
 def test_a_projector_of_llava_loads_into_adaptive_avg_pool_and_computes_the_same() -> None:
-    hf = pytest.importorskip("transformers")
-    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     config = hf.LlavaConfig(
         vision_config=hf.CLIPVisionConfig(hidden_size=16, num_attention_heads=2),

@@ -10,12 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("scipy")
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 from scipy import stats
 
 from benchmarks.proof import report

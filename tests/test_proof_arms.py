@@ -7,11 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("scipy")
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 from benchmarks.proof.arms import Arm, ArmSpec, Pretrained, build_arm
 from benchmarks.proof.encoder import encode, kept_levels
 from benchmarks.proof.insight import look_inside

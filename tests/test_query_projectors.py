@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -116,7 +117,6 @@ def test_a_ratio_has_queries_for_every_grid(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def blip2() -> Any:
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.Blip2Config(
         vision_config={
