@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from vision_remember.adapters.attachment import NAME
 
@@ -50,14 +56,48 @@ def load_base_model(
         name, dtype=DTYPES.get(dtype, dtype), output_loading_info=True, **given
     )
     model, info = loaded
-    left_out = [key for key in info["unexpected_keys"] if f".{NAME}." in key]
-    if left_out and not adapter_follows:
-        raise ValueError(
-            f"{name} holds {len(left_out)} weights of Vision Remember ({sorted(left_out)[0]}, ...), but there is no "
-            "adapter to say how they are attached: give one, as save_pretrained of the handle wrote it"
-        )
+    if not adapter_follows:
+        refuse_blocks(name, info["unexpected_keys"])
     model.eval()
     if device_map is None:
         model.to(device or "cpu")
     placed: PreTrainedModel = model
     return placed
+
+
+def refuse_blocks(name: str, weights: Collection[str]) -> None:
+    """Refuses weights of Vision Remember in a model's own files: transformers leaves them out without an error.
+
+    Args:
+        name: of the model, for the message.
+        weights: names in its files.
+
+    Raises:
+        ValueError: some are weights of Vision Remember.
+    """
+    blocks = sorted(key for key in weights if f".{NAME}." in key)
+    if blocks:
+        raise ValueError(
+            f"{name} holds {len(blocks)} weights of Vision Remember ({blocks[0]}, ...), but there is no "
+            "adapter to say how they are attached: give one, as save_pretrained of the handle wrote it"
+        )
+
+
+def weight_names(name: str, revision: str | None = None) -> list[str]:
+    """Names in a model's safetensors files, read without the weights; none where there are no such files.
+
+    Args:
+        name: hub id or folder.
+        revision: on the hub.
+    """
+    for file in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME):
+        try:
+            path = cached_file(name, file, revision=revision)
+        except (OSError, ValueError):  # what loads the model afterwards says what is wrong
+            continue
+        assert path is not None
+        if file == SAFE_WEIGHTS_INDEX_NAME:
+            return list(json.loads(Path(path).read_text())["weight_map"])
+        with safe_open(path, framework="pt") as weights:
+            return list(weights.keys())
+    return []

@@ -1,4 +1,4 @@
-"""What the sub-commands share: errors in one line, options of the same meaning, models by name."""
+"""What the sub-commands share: errors without a traceback, options of the same meaning, models by name."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Write machine-readable JSO
 
 
 def helpful(command: Callable[P, R]) -> Callable[P, R]:
-    """Turns what a user can mend into one line on stderr and exit code 2."""
+    """Turns what a user can mend into a message on stderr and exit code 2."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -90,13 +90,10 @@ def load_picture(path: Path) -> Any:
     """A picture, RGB.
 
     Raises:
-        ImportError: Pillow is missing.
         ValueError: no picture there.
     """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise ImportError("pictures need Pillow: pip install 'vision-remember[demo]'") from error
+    from PIL import Image, UnidentifiedImageError
+
     try:
         return Image.open(path).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:

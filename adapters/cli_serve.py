@@ -55,5 +55,5 @@ def serve_command(
 
     from vision_remember.adapters.serve import serve
 
-    say(f"serving {model} at http://{host}:{port}; Ctrl-C ends it")
+    say(f"loading {model}, to serve it at http://{host}:{port}; Ctrl-C ends it")
     serve(model, choices, ["--host", host, "--port", str(port), *context.args])

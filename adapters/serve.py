@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vision_remember.adapters.attachment import find_attachment
+from vision_remember.adapters.base_model import refuse_blocks, weight_names
 from vision_remember.adapters.cli_common import Choices
 from vision_remember.adapters.cli_load import attach
 
@@ -22,11 +23,15 @@ def serve(model: str, choices: Choices, arguments: Sequence[str]) -> None:
 
     Raises:
         ImportError: the libraries of the server are missing: ``pip install 'vision-remember[serve]'``.
-        ValueError: as attaching does.
+        ValueError: weights of Vision Remember in the model's own files and no adapter, a processor without a chat
+            template, or as attaching does.
     """
     import typer
 
     command = _serve_command()
+    if choices.adapter is None:
+        name, _, revision = model.partition("@")
+        refuse_blocks(name, weight_names(name, revision or None))
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name="serve")(command)
     with attaching(choices):
@@ -50,6 +55,11 @@ def attaching(choices: Choices) -> Iterator[None]:
         def load_model_and_processor(self, *args: Any, **kwargs: Any) -> Any:
             """The model, attached, and its processor."""
             model, processor = super().load_model_and_processor(*args, **kwargs)
+            if not getattr(processor, "chat_template", None):
+                raise ValueError(
+                    f"the {type(processor).__name__} of {model.config._name_or_path} has no chat template, by which a "
+                    "server makes prompts of messages: give it one, as chat_template.jinja beside its config.json"
+                )
             with self._attaching:
                 if find_attachment(model) is None:
                     attach(model, processor, choices)

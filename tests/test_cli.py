@@ -36,6 +36,7 @@ def saved_fixture(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("saved")
     model = build_llava()
     processor = llava_processor("clip", image_side(model), model.config.vision_config.patch_size)
+    processor.chat_template = "{% for message in messages %}<image> {{ message['content'][-1]['text'] }}{% endfor %}"
     model.save_pretrained(root / "full")
     processor.save_pretrained(root / "full")
     model.config.save_pretrained(root / "bare")
@@ -119,6 +120,7 @@ def test_weights_of_blocks_inside_a_model_need_their_adapter(saved: dict[str, Pa
     arguments = ("report", folder, saved["picture"], "--out", page, "--max-new-tokens", "1")
     assert "weights of Vision Remember" in run(*arguments, "--layers", "1,3", code=2).stderr
     assert not page.exists()
+    assert "weights of Vision Remember" in run("serve", folder, "--layers", "1,3", code=2).stderr
     run(*arguments, "--adapter", saved["adapter"])
     assert page.exists()
 
@@ -235,3 +237,11 @@ def test_an_attached_model_is_what_a_server_answers_with(saved: dict[str, Path])
     assert attachment.config.window == 2
     with torch.no_grad():
         assert model(**batch(model)).logits.isfinite().all()  # type: ignore[operator]
+
+
+def test_a_server_without_a_chat_template_does_not_start(saved: dict[str, Path], tmp_path: Path) -> None:
+    """It would answer every question with "Internal Server Error"."""
+    folder = shutil.copytree(saved["full"], tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    found = run("serve", folder, "--layers", "1,3", "--device", "cpu", code=2)
+    assert "model has no chat template, by which a server makes prompts" in found.stderr

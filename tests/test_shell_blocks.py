@@ -128,8 +128,8 @@ def read_pip(arguments: list[str]) -> None:
         exists(given.requirement)
     for package in given.packages:
         name, extras = re.fullmatch(r"([^\[\]]+)(?:\[(.*)\])?", package).groups()  # type: ignore[union-attr]
-        if name not in (".", "vision-remember", "pillow"):
-            raise RefusedError(f"{name}: neither this project nor what pages add to it")
+        if name not in (".", "vision-remember"):
+            raise RefusedError(f"{name}: not this project")
         for extra in extras.split(",") if extras else []:
             if extra not in EXTRAS:
                 raise RefusedError(f"no extra {extra} in pyproject.toml")
