@@ -16,6 +16,7 @@ from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.overlays import region_attention, saliency_map
 from vision_remember.adapters.prompts import decoded, prompt_inputs, prompt_text
+from vision_remember.adapters.resolve import resolve
 from vision_remember.analysis import AttentionDensity, RegionAttention, SaliencyMap
 from vision_remember.grid import Grid
 
@@ -105,6 +106,8 @@ def make_report(
             "which changes no output"
         )
     handle = VisionRememberHandle(attachment)
+    if token is not None:
+        _check_token(token, handle.config.token_grid or resolve(model, attachment.spec).token_grid)
     inputs = prompt_inputs(processor, image, question, model)
     notes: dict[str, str] = {}
     saliency = density = plain_density = None
@@ -145,6 +148,15 @@ def make_report(
         plain_density=plain_density,
         notes=notes,
     )
+
+
+def _check_token(token: Grid, grid: Grid | None) -> None:
+    """Before the model runs, where images do not have grids of any size (None)."""
+    if grid is not None and not all(0 <= at < size for at, size in zip(token, grid, strict=True)):
+        (h, w), (row, column) = grid, token
+        raise ValueError(
+            f"token in row {row}, column {column}: a tile has {h}x{w} tokens, rows 0..{h - 1} and columns 0..{w - 1}"
+        )
 
 
 def _answer(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> tuple[str, Tensor]:

@@ -180,8 +180,11 @@ def test_what_cannot_be_shown_is_said(options: dict[str, Any], missing: dict[str
 def test_bad_input_is_an_error_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor, handle = pooled()
     path = tmp_path / "page.html"
-    with pytest.raises(ValueError, match="row 4, column 0: there are 1 tiles of 4x4 tokens"):
-        write_report(model, processor, picture(), QUESTION, path, token=(4, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", None)  # refused before it would run
+        for token in ((4, 0), (0, -1)):
+            with pytest.raises(ValueError, match=r"row .*: a tile has 4x4 tokens, rows 0\.\.3 and columns 0\.\.3"):
+                write_report(model, processor, picture(), QUESTION, path, token=token)
     monkeypatch.setattr(processor, "image_token", None)
     with pytest.raises(ValueError, match="neither a chat template nor an image_token"):
         write_report(model, processor, picture(), QUESTION, path)
