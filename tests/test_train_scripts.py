@@ -213,3 +213,16 @@ def test_a_llava_in_a_folder_is_compressed_and_attached_to(tmp_path: Path) -> No
     assert ready.processor.patch_size == 2 * tiny.PATCH
     embeddings = ready.model.get_input_embeddings().weight
     assert torch.equal(embeddings, base.model.get_input_embeddings().weight)
+
+
+def test_the_template_of_a_yaml_file_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--config examples/configs/phase1.yaml` works from any directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    given = ["--config", str(CONFIGS / "phase1.yaml"), "--model", "tiny"]
+    options, _ = parse(given, TrainingArguments)
+    assert options.chat_template == str(CONFIGS / "plain.jinja")
+    (tmp_path / "plain.jinja").touch()  # the working directory comes first
+    assert parse(given, TrainingArguments)[0].chat_template == "plain.jinja"
+    with pytest.raises(FileNotFoundError, match=r"chat_template=gone.jinja: no file gone.jinja and no file .*configs"):
+        parse([*given, "--chat_template", "gone.jinja"], TrainingArguments)

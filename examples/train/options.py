@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from transformers import TrainingArguments
@@ -46,7 +47,9 @@ class Options:
         default_factory=lambda: [1, 4], metadata={"help": "decoder layers before which a block runs"}
     )
     preset: str = field(default="default", metadata={"help": '"default" or "paper"'})
-    chat_template: str | None = field(default=None, metadata={"help": "a Jinja file; default: the processor's own"})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "a Jinja file, here or beside the YAML file; default: the processor's own"}
+    )
     vr_lr: float | None = field(default=None, metadata={"help": "learning rate of the blocks; default: learning_rate"})
     projector_lr: float | None = field(default=None, metadata={"help": "learning rate of the projector"})
     encoder_lr: float | None = field(default=None, metadata={"help": "learning rate of the vision encoder"})
@@ -75,11 +78,25 @@ def parse(argv: list[str] | None, kind: type[Arguments], **defaults: Any) -> tup
 
     Raises:
         ValueError: an unknown name in the YAML file, or options that exclude each other.
+        FileNotFoundError: a YAML file or a chat template that is not there.
         SystemExit: an unknown flag, or a value of another type.
     """
     parser = TrlParser([Options, kind], allow_abbrev=False)  # type: ignore[list-item]
     parser.set_defaults(remove_unused_columns=False, **defaults)
-    options, arguments = parser.parse_args_and_config(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
+    config = Path(given[given.index("--config") + 1]) if "--config" in given[:-1] else None
+    options, arguments = parser.parse_args_and_config(given)
+    if options.chat_template is not None:
+        options.chat_template = str(_template(Path(options.chat_template), config))
     if arguments.save_total_limit == 1:
         raise ValueError("save_total_limit=1: the last good checkpoint would go before the next is whole; 2 or more")
     return options, arguments
+
+
+def _template(named: Path, config: Path | None) -> Path:
+    """The file of a chat template: as named from here, or from the folder of the YAML file."""
+    places = [named, *([] if config is None else [config.parent / named])]
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileNotFoundError(f"chat_template={named}: no file {' and no file '.join(map(str, places))}")
