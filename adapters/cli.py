@@ -54,11 +54,11 @@ def about(
 
     Look at a model first, then measure, train and share:
 
-        vision-remember inspect llava-hf/llava-1.5-7b-hf     # what would be attached where; no weights are loaded
+        vision-remember inspect llava-hf/llava-1.5-7b-hf    # loads no weights
 
         vision-remember report MODEL picture.png --out report.html
 
-        vision-remember demo                                 # train and compare small models, in minutes on a CPU
+        vision-remember demo                                # some minutes on a CPU
 
     MODEL is a repository id of the Hugging Face hub or a folder. A folder with a `config.json` and no weights does too:
     such a model has random weights.

@@ -22,7 +22,7 @@ def demo_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report, figures and checkpoints.")] = Path(
         "demo"
     ),
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads; with one, numbers are equal on any machine.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; with one, a run repeats its numbers.")] = 1,
     quick: Annotated[
         bool, typer.Option("--quick", help="Run in seconds and learn nothing, to see that all works.")
     ] = False,
@@ -43,7 +43,7 @@ def demo_command(
     Needs `pip install 'vision-remember[demo]'`.
     """
     _refuse(context.args)
-    need("demo", "jinja2", "matplotlib", "numpy", "PIL", "tqdm")
+    need("demo", "jinja2", "matplotlib", "numpy", "tqdm")
     arguments = ["--seeds", str(seeds), "--out", str(out), "--threads", str(threads), *(["--quick"] if quick else [])]
     start("examples.demo", arguments)
 
@@ -66,7 +66,7 @@ def train_command(context: typer.Context) -> None:
 
     Needs `pip install 'vision-remember[train]'`.
     """
-    need("train", "accelerate", "datasets")
+    need("train", "accelerate", "datasets", "trl")
     start("examples.train", context.args)
 
 
@@ -91,7 +91,7 @@ def bench_command(
     """
     if kind not in ("speed", "proof"):
         raise ValueError(f"KIND {kind!r}: expected 'speed' or 'proof'")
-    need("bench", "jinja2", "matplotlib", "numpy", "PIL", "scipy", "sklearn")
+    need("bench", "jinja2", "matplotlib", "numpy", "scipy", "skimage", "sklearn", "tqdm")
     start(f"benchmarks.{kind}", context.args)
 
 

@@ -176,6 +176,14 @@ def test_an_unknown_name_is_an_error(tmp_path: Path) -> None:
         parse(["--model", "tiny", "--learning_rat", "1"], TrainingArguments)
 
 
+def test_a_file_that_is_no_yaml_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "wrong.yaml").write_text("layers: [1\n")
+    with pytest.raises(ValueError, match=r"--config .*wrong.yaml: this is no YAML"):
+        parse(["--config", str(tmp_path / "wrong.yaml")], TrainingArguments)
+    with pytest.raises(ValueError, match="--config: expected a YAML file behind it"):
+        parse(["--model", "tiny", "--config"], TrainingArguments)
+
+
 def test_a_template_that_marks_no_answers_is_refused(tmp_path: Path) -> None:
     (tmp_path / "template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(ValueError, match="does not mark the answers by"):

@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
     parser.add_argument("--seeds", type=int, default=2, help="training runs per arm (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="where results go (default: demo)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, equal numbers on any machine)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1: numbers repeat)")
     parser.add_argument("--quick", action="store_true", help="run in seconds and learn nothing, to see that all works")
     options = parser.parse_args(arguments)
     if options.seeds < 1:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import yaml  # type: ignore[import-untyped]
 from transformers import TrainingArguments
 from trl import TrlParser  # type: ignore[attr-defined]
 
@@ -77,15 +78,20 @@ def parse(argv: list[str] | None, kind: type[Arguments], **defaults: Any) -> tup
         **defaults: of the arguments, in place of the library's own.
 
     Raises:
-        ValueError: an unknown name in the YAML file, or options that exclude each other.
+        ValueError: a YAML file that cannot be read, an unknown name in it, or options that exclude each other.
         FileNotFoundError: a YAML file or a chat template that is not there.
         SystemExit: an unknown flag, or a value of another type.
     """
     parser = TrlParser([Options, kind], allow_abbrev=False)  # type: ignore[list-item]
     parser.set_defaults(remove_unused_columns=False, **defaults)
     given = sys.argv[1:] if argv is None else argv
-    config = Path(given[given.index("--config") + 1]) if "--config" in given[:-1] else None
-    options, arguments = parser.parse_args_and_config(given)
+    if given[-1:] == ["--config"]:
+        raise ValueError("--config: expected a YAML file behind it")
+    config = Path(given[given.index("--config") + 1]) if "--config" in given else None
+    try:
+        options, arguments = parser.parse_args_and_config(given)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {config}: this is no YAML: {error}") from error
     if options.chat_template is not None:
         options.chat_template = str(_template(Path(options.chat_template), config))
     if arguments.save_total_limit == 1:
