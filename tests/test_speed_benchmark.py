@@ -77,6 +77,8 @@ def test_the_peak_is_what_results_hold_at_once() -> None:
     [
         (["--suite", "operator"], "invalid choice"),
         (["--repeats", "0"], "--repeats 0: expected at least 1"),
+        (["--threads", "0"], "--threads 0: expected at least 1"),
+        (["--suite", "ttft", "--decoder", "Qwen3"], "invalid choice: 'Qwen3'"),
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "this torch sees no CUDA device")]),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.speed import absorb, block, capture, op, train, ttft
+from benchmarks.speed.hosts import DECODERS
 from benchmarks.speed.measure import Plan, about
 from benchmarks.speed.report import show, write
 
@@ -21,7 +22,6 @@ SUITES = {
     "train": train.run,
     "capture": capture.run,
 }
-_RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,13 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=11, help="interleaved repeats (11)")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU (1)")
-    parser.add_argument("--decoder", action="append", default=[], help="for ttft: Qwen2-0.5B, Qwen2-1.5B or Qwen2-7B")
+    parser.add_argument("--decoder", choices=DECODERS, action="append", default=[], help="for ttft")
     parser.add_argument("--arm", action="append", default=[], help="for ttft: measure these beside the first, not all")
     parser.add_argument("--small", action="store_true", help="miniature sizes, to see that a suite runs")
-    parser.add_argument("--output", type=Path, default=_RESULTS, help="folder of the JSON files and plots")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks/results"), help="folder of the files and plots (%(default)s)"
+    )
     given = parser.parse_args(arguments)
-    if given.repeats < 1:
-        parser.error(f"--repeats {given.repeats}: expected at least 1")
+    for name in ("repeats", "threads"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name} {getattr(given, name)}: expected at least 1")
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device")
     torch.set_num_threads(given.threads)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 IMAGE_TOKEN = 9
 
-_DECODERS: dict[str, dict[str, int]] = {
+DECODERS: dict[str, dict[str, int]] = {
     "tiny": {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -62,7 +62,7 @@ def encoder_config(small: bool, **changes: int) -> hf.CLIPVisionConfig:
 
 def build(decoder: str, device: str, *, dtype: torch.dtype = torch.float32, layers: int | None = None) -> Any:
     """A LLaVA; ``layers`` cuts both towers down to so many."""
-    sizes = dict(_DECODERS[decoder])
+    sizes = dict(DECODERS[decoder])
     changes = {} if layers is None else {"num_hidden_layers": layers}
     config = hf.LlavaConfig(
         vision_config=encoder_config(decoder == "tiny", **changes),

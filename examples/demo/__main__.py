@@ -21,8 +21,9 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1: numbers repeat)")
     parser.add_argument("--quick", action="store_true", help="run in seconds and learn nothing, to see that all works")
     options = parser.parse_args(arguments)
-    if options.seeds < 1:
-        parser.error("--seeds must be at least 1")
+    for name in ("seeds", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: expected at least 1")
 
     torch.set_num_threads(options.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
