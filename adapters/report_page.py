@@ -59,14 +59,7 @@ def rendered(report: Report) -> str:
             "looks": [(layer, _look_figure(report, look)) for layer, look in report.looks.items()],
             "density": _density_figure(report),
         }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return template(Path(__file__).with_name("report.html.j2")).render(
         report=report,
         images=images,
         heads={layer: look.weights.shape[1] for layer, look in report.looks.items()},
@@ -77,6 +70,18 @@ def rendered(report: Report) -> str:
             **{name: importlib.metadata.version(name) for name in ("transformers", "torch")},
         },
     )
+
+
+def template(path: Path) -> jinja2.Template:
+    """A page to fill in: what goes in is escaped, and a name that is not given is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(path.parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(path.name)
 
 
 def _saliency_figure(report: Report) -> str | None:

@@ -9,11 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from vision_remember.adapters.report_page import INK
+from vision_remember.adapters.report_page import STYLE as REPORT_STYLE
+
 from .looks import Look
 from .pages import BAR_HEIGHTS, BARS, GRID, LETTERS, PATCH, SHAPES, SIZE, TEXT_COLUMNS, TEXT_ROWS, Pages
 from .questions import HEIGHTS, KINDS, VOCABULARY, answers
 
-INK, FAINT, WRONG = "#1f2933", "#9aa5b1", "#c62828"
+WRONG = "#c62828"
 COLOURS = {
     "uncompressed": "#52606d",
     "pooled": "#d9822b",
@@ -23,22 +26,7 @@ COLOURS = {
 }
 CHARACTERS, BAR_KIND = KINDS[0], KINDS[1]
 SHOWN_LAYER, SHOWN_TOKEN = 1, (1, 2)
-STYLE: dict[str, Any] = {
-    "font.size": 9,
-    "font.family": "DejaVu Sans",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-}
+STYLE: dict[str, Any] = {**REPORT_STYLE, "axes.titlesize": 10, "axes.titleweight": "bold"}
 
 
 def accuracy_figure(results: dict[str, Any]) -> Figure:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 from matplotlib.figure import Figure
+
+from vision_remember.adapters.report_page import template
 
 from .figures import COLOURS, STYLE, accuracy_figure, curves_figure, look_figure, reading_figure
 from .questions import KINDS
@@ -40,14 +41,7 @@ def write_report(outcome: Outcome, directory: Path) -> Path:
         images[name] = "data:image/png;base64," + base64.b64encode(png).decode()
     (directory / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("report.html.j2").render(
+    html = template(Path(__file__).with_name("report.html.j2")).render(
         results=results,
         kinds=KINDS,
         colours=COLOURS,
