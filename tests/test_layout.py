@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from vision_remember import VisionRemember
@@ -102,6 +104,27 @@ def test_views_and_half_precision_are_welcome(layout: VisionLayout) -> None:
     output = layout.scatter(view, 2 * layout.gather(view))
     assert output.dtype == torch.bfloat16
     assert torch.equal(output, layout.scatter(view.contiguous(), 2 * layout.gather(view.contiguous())))
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_any_layout_gathers_and_scatters_what_it_says(data: st.DataObject) -> None:
+    sizes = {"sequences": 3, "length": 9, "tiles": 3, "rows": 3, "columns": 3}
+    B, S, T, h, w = (data.draw(st.integers(1, most), label=name) for name, most in sizes.items())
+    count = T * h * w
+    chosen = data.draw(st.lists(st.integers(0, B * S - 1), unique=True, max_size=count), label="positions")
+    slots = data.draw(st.permutations(range(count)), label="slots")[: len(chosen)]
+    spare = data.draw(st.lists(st.booleans(), min_size=len(chosen), max_size=len(chosen)), label="spare")
+    slots = [count if without else slot for slot, without in zip(slots, spare, strict=True)]
+    layout = VisionLayout(torch.tensor(sorted(chosen)).long(), torch.tensor(slots).long(), T, (h, w))
+    hidden, tokens = torch.randn(B, S, D), torch.randn(T, h * w, D)
+    gathered, scattered = torch.zeros(count, D), hidden.clone().flatten(0, 1)
+    for position, slot in zip(sorted(chosen), slots, strict=True):
+        if slot < count:
+            gathered[slot] = hidden.flatten(0, 1)[position]
+            scattered[position] = tokens.flatten(0, 1)[slot]
+    assert torch.equal(layout.gather(hidden), gathered.view(T, h * w, D))
+    assert torch.equal(layout.scatter(hidden, tokens), scattered.view(B, S, D))
 
 
 @pytest.mark.parametrize("layout", [WHOLE, PART], ids=["whole", "part"])
