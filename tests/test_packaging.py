@@ -222,7 +222,7 @@ def test_requirements(metadata: Message) -> None:
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     requires = metadata.get_all("Requires-Dist", [])
     plain = {re.split(r"[^\w-]", line, maxsplit=1)[0] for line in requires if "extra ==" not in line}
-    assert plain == {"torch", "transformers", "safetensors", "typer"}
+    assert plain == {"torch", "transformers", "pillow", "safetensors", "typer"}
     # its builds for another kind of torch fail at import, and transformers works without it
     assert not [line for line in requires if line.startswith("torchvision")]
 
