@@ -63,6 +63,7 @@ class Attachment:
         config: the choices, complete.
         tap: reads the encoder.
         enabled: whether forward passes use it.
+        side_stream: whether a GPU prepares what the blocks read beside the decoder's first layers.
     """
 
     def __init__(self, parts: HostParts, config: VisionRememberConfig, tap: MultiLevelTap) -> None:
@@ -71,6 +72,7 @@ class Attachment:
         self.config = config
         self.tap = tap
         self.enabled = True
+        self.side_stream = False
         self._base = parts.base
         self._layers = parts.layers
         self._token_ids = {"image": parts.image_token_id}
@@ -190,7 +192,9 @@ class Attachment:
 
     def _ready(self, recall: Recall | None) -> Recall | None:
         """A recall with what the blocks can prepare before the decoder runs."""
-        return None if recall is None else recall.prepared(list(self.blocks().values()), prepare_together)
+        if recall is None:
+            return None
+        return recall.prepared(list(self.blocks().values()), prepare_together, side_stream=self.side_stream)
 
     def _text(self, base: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
         """(B, S), where text stands, if a block asks for it."""

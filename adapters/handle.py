@@ -56,6 +56,21 @@ class VisionRememberHandle:
         """The blocks by decoder layer, as they stand in the model now."""
         return nn.ModuleDict({str(index): block for index, block in self._attachment.blocks().items()})
 
+    @property
+    def side_stream(self) -> bool:
+        """Whether a GPU prepares what the blocks read on a stream of its own, beside the decoder's first layers.
+
+        False at first, and saved nowhere: it changes when work is done, not what comes out. Passes with gradients, in
+        compiled code, under capture of a CUDA graph or off CUDA go on as without it.
+        """
+        return self._attachment.side_stream
+
+    @side_stream.setter
+    def side_stream(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"side_stream={value!r}: expected True or False")
+        self._attachment.side_stream = value
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The blocks' parameters that require grad, for an optimiser's parameter group."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]

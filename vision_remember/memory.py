@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vision_remember.grid import Grid
 from vision_remember.layout import VisionLayout
+from vision_remember.side_stream import SideWork, run_beside
 
 
 @dataclass(frozen=True)
@@ -186,35 +187,45 @@ class Recall:
         parts: a memory and a layout for each size of tiles; no position belongs to two of them.
         text: (B, S), true where text stands, for blocks that are guided by text; else None.
         ready: blocks, each with what was prepared for it of each part, or None for those that were not.
+        side_work: to be joined before anything of ``ready`` is read; None where it was made on the current stream.
     """
 
     parts: tuple[tuple[VisionMemory, VisionLayout], ...]
     text: Tensor | None = None
     ready: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = ()
+    side_work: SideWork | None = None
 
     @classmethod
     def joined(cls, recalls: Iterable[Recall], text: Tensor | None = None) -> Recall:
         """The recall of all of them, and where text stands."""
         return cls(tuple(part for recall in recalls for part in recall.parts), text)
 
-    def prepared(self, blocks: Sequence[Any], prepare: Callable[..., list[Any]]) -> Recall:
+    def prepared(
+        self, blocks: Sequence[Any], prepare: Callable[..., list[Any]], *, side_stream: bool = False
+    ) -> Recall:
         """This recall with what the blocks need of the images, so that their calls have less to do.
 
         Args:
             blocks: as :meth:`through` will get them.
             prepare: as :func:`vision_remember.remember.prepare_together`.
+            side_stream: on a GPU, and without gradients, beside what the current stream is asked to do until a block
+                reads; see :func:`vision_remember.side_stream.run_beside`.
         """
-        made = [
-            prepare(
-                blocks,
-                memory.levels,
-                feature_grid=memory.feature_grid,
-                token_grid=memory.token_grid,
-                saliency=memory.saliency,
-            )
-            for memory, _ in self.parts
-        ]
-        return replace(self, ready=tuple(zip(blocks, zip(*made, strict=True), strict=True)))
+
+        def make() -> list[list[Any]]:
+            return [
+                prepare(
+                    blocks,
+                    memory.levels,
+                    feature_grid=memory.feature_grid,
+                    token_grid=memory.token_grid,
+                    saliency=memory.saliency,
+                )
+                for memory, _ in self.parts
+            ]
+
+        made, side_work = run_beside(make, self._features()) if side_stream else (make(), None)
+        return replace(self, ready=tuple(zip(blocks, zip(*made, strict=True), strict=True)), side_work=side_work)
 
     def through(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D), the vision tokens replaced by what ``block`` makes of them.
@@ -230,6 +241,8 @@ class Recall:
             raise ValueError(f"the decoder's hidden states have shape {tuple(hidden.shape)}, expected (B, S, D)")
         ready = next((made for owner, made in self.ready if owner is block), (None,) * len(self.parts))
         parts = list(zip(self.parts, ready, strict=True))
+        if self.side_work is not None and any(made is not None for made in ready):
+            self.side_work.join()
         if all(_is_rewritten_in_place(block, hidden, layout, made) for (_, layout), made in parts):
             rewrite: Callable[..., Tensor] = block.rewrite  # type: ignore[attr-defined]
             for (memory, layout), made in parts:
@@ -246,6 +259,11 @@ class Recall:
         for (_, layout), rewritten in zip(self.parts, written, strict=True):
             hidden = layout.scatter(hidden, rewritten)
         return hidden
+
+    def _features(self) -> list[Tensor]:
+        """Levels and saliency of all parts."""
+        maps = [memory.saliency for memory, _ in self.parts if memory.saliency is not None]
+        return [*(level for memory, _ in self.parts for level in memory.levels), *maps]
 
     def _arguments(
         self, block: Callable[..., Any], memory: VisionMemory, layout: VisionLayout, hidden: Tensor, ready: Any
