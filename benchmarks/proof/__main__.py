@@ -9,7 +9,7 @@ from .levels import LEVELS
 from .runner import run_suites
 from .suites import SUITES
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path("benchmarks/results")
 CACHE = Path("build/proof")
 
 
@@ -23,6 +23,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="JSON lines (default: benchmarks/results/proof_LEVEL.jsonl)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="pages, encoder and decoder (default: %(default)s)")
     options = parser.parse_args(arguments)
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: expected at least 1")
     suites = list(SUITES) if "all" in options.suite else options.suite
     results = options.results or RESULTS / f"proof_{options.level}.jsonl"
     run_suites(suites, range(options.seeds), LEVELS[options.level], options.cache, results, options.jobs)
