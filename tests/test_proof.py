@@ -176,6 +176,14 @@ def test_every_claim_names_two_arms_of_the_suites() -> None:
     assert {claim.suite for claim in CLAIMS} <= set(SUITES)
 
 
+def test_a_run_is_named_by_the_decoders_behind_it_alone() -> None:
+    """A decoder of another ratio that trains for longer makes no run of this one anew."""
+    longer = replace(LEVEL, decoders=(*LEVEL.decoders[:-1], replace(LEVEL.decoders[-1], steps=99)))
+    for arm in SUITES["table5a"]:
+        same = Job(arm, 0).key(LEVEL) == Job(arm, 0).key(longer)
+        assert same == (arm.ratio != LEVEL.decoders[-1].side ** 2)
+
+
 def test_equal_arms_of_two_tables_are_run_once() -> None:
     arms = [arm for suite in ("table2", "table4a", "table5a", "controls") for arm in SUITES[suite]]
     kept = distinct(arms)

@@ -40,18 +40,19 @@ from benchmarks.proof.runner import (
 from benchmarks.proof.suites import (
     POOLED,
     SUITES,
-    TUNING_RATES,
+    TUNING_FACTORS,
     TUNING_SEED,
     interaction,
     searched_arms,
     tuning_arms,
 )
-from benchmarks.proof.times import times_file
+from benchmarks.proof.times import absorbed_name, times_file
 
 LEVEL = replace(TINY, name="fixture")
 TASKS = task_names(LEVEL)
 GROUPS = task_groups(TASKS)
-BEST = {"global": 1e-3, "deformable": 4e-3, "sela": LEVEL.arm.lr}
+RATES = [factor * LEVEL.arm.lr for factor in TUNING_FACTORS]
+BEST = {"global": RATES[0], "deformable": RATES[2], "sela": RATES[1]}
 SEEDS = (0, 1)
 SEARCH_WINNER = "1/4: two query layers"
 SCORES = {"no compression": 0.9, "pooled 1/4": 0.4, "pooled 1/4 + VR": 0.85}
@@ -83,7 +84,10 @@ def path(tmp_path: Path) -> Path:
     """A file with every run of every suite, the tuning runs first, as the runner writes them."""
     lines = [line(arm, TUNING_SEED, 0.7 if arm.name == SEARCH_WINNER else 0.6) for arm in searched_arms(4)]
     for name, best in BEST.items():
-        lines += [line(arm, TUNING_SEED, 0.6 if arm.lr == best else 0.5) for arm in tuning_arms(name)]
+        lines += [
+            line(arm, TUNING_SEED, 0.6 if rate == best else 0.5)
+            for arm, rate in zip(tuning_arms(name, LEVEL), RATES, strict=True)
+        ]
     file = tmp_path / "lines.jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in lines))
     reads = {side: {"1": 0.99, side: 0.9} for side in ("2", "3", "4")}
@@ -92,7 +96,8 @@ def path(tmp_path: Path) -> Path:
         arm.name: {"prefill": [1.0, 1.25 if arm.layers else 1.0, 1.5], "forward": [0.5, 1.0, 2.0]}
         for arm in [POOLED, *(arm for arms in SUITES.values() for arm in arms)]
     }
-    times_file(file).write_text(json.dumps({"times": {**times, "FastV 1/4": {"forward": [1.4, 1.5, 1.6]}}}))
+    absorbed = {absorbed_name("pooled 1/4 + VR"): {"prefill": [1.0, 1.125, 1.5]}}
+    times_file(file).write_text(json.dumps({"times": {**times, **absorbed, "FastV 1/4": {"forward": [1.4, 1.5, 1.6]}}}))
     for arm in arms_of(SUITES, LEVEL, file):
         # an arm that two tables share is found by what it is, not by what it is called
         known = next((name for name in SCORES if _spec(name).recipe() == arm.recipe()), None)
@@ -133,14 +138,15 @@ def row_of(rows: list[str], first: str) -> dict[str, str]:
 
 def test_each_interaction_takes_the_rate_that_validation_prefers(path: Path) -> None:
     by_name = dict(zip(BEST, tuned_arms(LEVEL, path), strict=True))
-    assert {name: arm.lr for name, arm in by_name.items()} == {"global": 1e-3, "deformable": 4e-3, "sela": None}
+    assert {name: arm.lr for name, arm in by_name.items()} == {"global": RATES[0], "deformable": RATES[2], "sela": None}
     # the rate that every other table uses goes unsaid: table 4b's SELA is the default arm of the others
     assert by_name["sela"].recipe() == interaction("sela").recipe()
 
 
 def test_a_better_default_is_what_validation_prefers(path: Path) -> None:
-    assert [arm.name for arm in chosen_arms(LEVEL, path)] == [SEARCH_WINNER]
-    assert [arm.name for arm in suite_arms("search", LEVEL, path)][-1] == SEARCH_WINNER
+    single = next(arm.name for arm in searched_arms(4) if len(arm.layers) == 1)
+    assert [arm.name for arm in chosen_arms(LEVEL, path)] == [SEARCH_WINNER, single]
+    assert [arm.name for arm in suite_arms("search", LEVEL, path)][-2:] == [SEARCH_WINNER, single]
     rows = search_rows(Results(path, LEVEL))
     assert [cells(row)[0] for row in rows[2:]] == [arm.name for arm in searched_arms(4)]
     lines = read_lines(path)
@@ -148,15 +154,16 @@ def test_a_better_default_is_what_validation_prefers(path: Path) -> None:
         if one["arm"] == SEARCH_WINNER:
             one["parameters"]["blocks"] += 1
     path.write_text("".join(json.dumps(one) + "\n" for one in lines))
-    best, best_of_no_more = chosen_arms(LEVEL, path)
-    assert best.name == SEARCH_WINNER
+    best, best_of_no_more, best_single = chosen_arms(LEVEL, path)
+    assert (best.name, best_single.name) == (SEARCH_WINNER, single)
     assert best_of_no_more.name != SEARCH_WINNER
 
 
 def test_every_interaction_is_tuned_alike() -> None:
     for name in BEST:
-        arms = tuning_arms(name)
-        assert [arm.lr for arm in arms] == list(TUNING_RATES)
+        arms = tuning_arms(name, LEVEL)
+        # the level's own rate goes unsaid
+        assert [arm.lr for arm in arms] == [None if rate == LEVEL.arm.lr else rate for rate in RATES]
         assert {json.dumps(replace(arm, lr=None).recipe()) for arm in arms} == {json.dumps(interaction(name).recipe())}
 
 
@@ -205,7 +212,7 @@ def test_what_comes_back_is_reported_with_its_price(results: Results) -> None:
         low, mine, high = (detail_of(name, seed) for name in ("pooled 1/4", "pooled 1/4 + VR", "no compression"))
         shares.append(100 * (mine - low) / (high - low))
     assert found["won back, %"].split(" ± ")[0] == f"{statistics.fmean(shares):.1f}"
-    assert found["prefill, to pooled"] == "1.25"
+    assert (found["prefill, to pooled"], found["absorbed"]) == ("1.25", "1.12")
 
 
 def test_claims_are_decided_by_the_lines(results: Results) -> None:
@@ -254,8 +261,8 @@ def test_the_rates_that_were_tried_are_shown(results: Results) -> None:
     for row, best in zip(rows[2:], BEST.values(), strict=True):
         values = [float(cell.split("]")[0].strip("[")) for cell in cells(row)[1:]]
         assert all("lines.jsonl#L" in cell for cell in cells(row)[1:])
-        assert max(values) == values[TUNING_RATES.index(best)]
-        assert values[TUNING_RATES.index(best)] - min(values) == pytest.approx(10, abs=1)
+        assert max(values) == values[RATES.index(best)]
+        assert values[RATES.index(best)] - min(values) == pytest.approx(10, abs=1)
 
 
 def test_the_command_writes_page_and_figures(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,9 +167,8 @@ def test_each_specialised_head_starts_on_a_cell_of_its_own(window: int, cells: G
     for token in range(16):
         own = visible_cells(token_grid, feature_grid)[token].nonzero().flatten()
         assert strongest[:, token].tolist() == own.tolist()
-    if window == 1:
-        share = math.exp(3) / (math.exp(3) + heads - 1)
-        torch.testing.assert_close(weights.amax(-1), torch.full((heads, 16), share))
+    share = math.exp(3) / (math.exp(3) + 3)  # 87 %, however many cells there are
+    torch.testing.assert_close(weights.amax(-1), torch.full((heads, 16), share))
 
 
 @pytest.mark.parametrize(("heads", "starts"), [(2, [0, 1]), (4, [0, 1, 2, 3]), (6, [0, 1, 2, 3, 0, 1])])
@@ -231,8 +230,13 @@ def test_the_joint_norm_has_no_weights() -> None:
         (896, {}, 896, 14),
         (1536, {}, 1024, 16),
         (3584, {}, 1024, 16),
-        (48, {}, 48, 3),
-        (8, {}, 8, 1),
+        (48, {"position": "none"}, 48, 3),
+        (48, {}, 48, 4),  # one per cell
+        (896, {"cells": (4, 4)}, 896, 16),
+        (896, {"cells": (3, 3)}, 896, 14),
+        (1024, {"cells": (5, 5)}, 1024, 32),
+        (128, {"cells": (3, 3)}, 128, 16),
+        (8, {}, 8, 1),  # no room for four heads
         (896, {"attn_dim": "features"}, C, 1),
         (896, {"attn_dim": 512, "num_heads": 2}, 512, 2),
         (514, {}, 514, 2),  # 514 = 2 * 257: no more heads divide it

@@ -79,7 +79,7 @@ class Level:
     decoders: tuple[DecoderRecipe, ...] = (
         DecoderRecipe(side=2, steps=1000, batch=32),
         DecoderRecipe(side=3, steps=2000, batch=32),
-        DecoderRecipe(side=4, steps=2000, batch=32),
+        DecoderRecipe(side=4, steps=3500, batch=32),
     )
     reads_enough: float = 0.8
     arm: Recipe = field(default_factory=lambda: Recipe(steps=250, batch=16))
@@ -88,6 +88,10 @@ class Level:
     device: str = "cpu"
     threads: int = 1
     half: bool = False
+
+    def decoders_until(self, side: int) -> tuple[DecoderRecipe, ...]:
+        """The recipes behind the decoder for tokens of side x side cells: its own, and those it begins from."""
+        return self.decoders[: [recipe.side for recipe in self.decoders].index(side) + 1]
 
 
 CPU = Level(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ class Workshop:
         Returns:
             Weights under "model", the token places' under "places", and what `pretrain_decoder` returns.
         """
-        stages = self.level.decoders[: [recipe.side for recipe in self.level.decoders].index(side) + 1]
+        stages = self.level.decoders_until(side)
         recipe = stages[-1]
 
         def make() -> dict[str, Any]:
@@ -163,17 +162,17 @@ class Workshop:
         return self._cache.get(stage, self._base | key, make, on_hit=lambda: None)
 
 
-def prepare(level: Level, folder: Path, sides: Sequence[int], jobs: int) -> None:
-    """Makes everything for tokens of such sides, encoder and decoders side by side where two processes are allowed."""
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        pool.submit(_stage, level, folder, "pages", "symbols").result()
-        decoders = pool.submit(_stage, level, folder, "decoder", max(sides))  # and those that it begins from
-        pool.submit(_stage, level, folder, "encoder").result()
-        decoders.result()
-        pool.submit(_stage, level, folder, "world", sides).result()
+def prepare(level: Level, folder: Path, side: int, pool: Executor) -> None:
+    """Makes everything for tokens of side x side cells, encoder and decoder side by side."""
+    pool.submit(stage, level, folder, "pages", "symbols").result()
+    decoder = pool.submit(stage, level, folder, "decoder", side)  # and those that it begins from
+    pool.submit(stage, level, folder, "encoder").result()
+    decoder.result()
+    pool.submit(stage, level, folder, "world", [side]).result()
 
 
-def _stage(level: Level, folder: Path, name: str, *arguments: Any) -> None:
+def stage(level: Level, folder: Path, name: str, *arguments: Any) -> None:
+    """Calls a method of the `Workshop`, for what it keeps in the folder."""
     torch.set_num_threads(level.threads)
     getattr(Workshop(level, folder), name)(*arguments)
 

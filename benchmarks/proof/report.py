@@ -24,12 +24,12 @@ from .suites import (
     RATIOS,
     SEARCHED_RATIOS,
     SUITES,
-    TUNING_RATES,
+    TUNING_FACTORS,
     TUNING_SEED,
     searched_arms,
     tuning_arms,
 )
-from .times import times_file
+from .times import absorbed_name, times_file
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- Written by benchmarks/proof/report.py; do not edit by hand. -->", "<!-- End of the written part. -->"
@@ -99,13 +99,20 @@ class Results:
         tasks = self.tasks(group)
         return mean_of([100 * statistics.fmean(line["test"][t] for t in tasks) for line in self.by_arm[arm]])
 
-    def time(self, arm: str, part: str) -> float | None:
-        """Median time of an arm or pruner, relative to average pooling at 1/4; None where it was not measured."""
+    def time(self, arm: str, part: str, *, absorbed: bool = False) -> float | None:
+        """Median time of an arm or pruner, relative to average pooling at 1/4; None where it was not measured.
+
+        Args:
+            arm: Its name.
+            part: "prefill" or "forward".
+            absorbed: With the projections of the cells absorbed.
+        """
         # tables share arms, whose times stand under one of their names
         specs = {spec.name: spec.recipe() for arms in self.suites.values() for spec in arms}
         own = {**specs[arm], "lr": None} if arm in specs else None
         names = [name for name, recipe in specs.items() if own and {**recipe, "lr": None} == own] or [arm]
-        found = next((self.times[name] for name in [arm, *names] if name in self.times), None)
+        names = [absorbed_name(name) if absorbed else name for name in [arm, *names]]
+        found = next((self.times[name] for name in names if name in self.times), None)
         return None if found is None else float(found[part][1])
 
     def links(self, arm: str) -> str:
@@ -185,19 +192,27 @@ def _claim_row(results: Results, claim: Claim) -> list[str]:
 
 def recovery_rows(results: Results) -> list[str]:
     """What share of the loss on OCR & Chart is won back at each ratio."""
-    rows = [
-        ["ratio", "pooled", "with Vision Remember", "no compression", "won back, %", "prefill, to pooled"],
-        ["---"] * 6,
+    header = [
+        "ratio",
+        "pooled",
+        "with Vision Remember",
+        "no compression",
+        "won back, %",
+        "prefill, to pooled",
+        "absorbed",
     ]
+    rows = [header, ["---"] * len(header)]
     arms = [(f"1/{ratio}", f"pooled 1/{ratio} + VR") for ratio in RATIOS]
     arms += [(arm.name, arm.name) for arm in results.suites["search"] if arm.name.startswith("1/")]
     for title, mine in arms:
         low, high = f"pooled {title.split(':')[0]}", "no compression"
         if all(results.by_arm[name] for name in (low, mine, high)):
             share = recovered(*(results.by_arm[name] for name in (mine, low, high)), results.tasks(DETAIL))
-            times = [results.time(name, "prefill") for name in (mine, low)]
+            base = results.time(low, "prefill")
+            times = [results.time(mine, "prefill", absorbed=absorbed) for absorbed in (False, True)]
             cells = [str(results.mean(name, DETAIL)) for name in (low, mine, high)]
-            rows.append([title, *cells, str(share), _ratio(times[0] and times[1] and times[0] / times[1])])
+            ratios = [_ratio(time and base and time / base) for time in times]
+            rows.append([title, *cells, str(share), *ratios])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
@@ -270,9 +285,10 @@ def stage_rows(results: Results) -> list[str]:
 def tuning_rows(results: Results) -> list[str]:
     """Validation accuracy of each interaction at each learning rate."""
     known = {line["key"]: line for line in results.lines}
-    rows = [["interaction", *(f"rate {rate:g}" for rate in TUNING_RATES)], ["---"] * (1 + len(TUNING_RATES))]
+    rates = [f"rate {factor * results.level.arm.lr:g}" for factor in TUNING_FACTORS]
+    rows = [["interaction", *rates], ["---"] * (1 + len(rates))]
     for name in INTERACTION_NAMES:
-        lines = [known.get(Job(arm, TUNING_SEED).key(results.level)) for arm in tuning_arms(name)]
+        lines = [known.get(Job(arm, TUNING_SEED).key(results.level)) for arm in tuning_arms(name, results.level)]
         last = ["–" if line is None else results.link(line, f"{100 * validation_mean(line):.1f}") for line in lines]
         rows.append([INTERACTION_NAMES[name], *last])
     return ["| " + " | ".join(row) + " |" for row in rows]

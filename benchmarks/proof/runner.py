@@ -7,7 +7,7 @@ import json
 import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from multiprocessing import get_context
@@ -24,14 +24,12 @@ import vision_remember
 from .arms import ArmSpec
 from .insight import look_inside
 from .levels import Level
-from .prepare import Workshop, prepare
+from .prepare import Workshop, prepare, stage
 from .rivals import pruned
 from .suites import (
     INTERACTION_NAMES,
-    REMEMBER,
     SEARCHED_RATIOS,
     SUITES,
-    TUNING_RATES,
     TUNING_SEED,
     distinct,
     interaction,
@@ -54,8 +52,12 @@ class Job:
     seed: int
 
     def key(self, level: Level) -> str:
-        """What names the run in the results: equal recipes have equal keys, whatever their tables call them."""
-        known = {"arm": self.spec.recipe(), "seed": self.seed, "level": asdict(level)}
+        """What names the run in the results: equal recipes have equal keys, whatever their tables call them.
+
+        Of the decoders only those count that the arm's own began from.
+        """
+        used = asdict(replace(level, decoders=level.decoders_until(self.spec.cells)))
+        known = {"arm": self.spec.recipe(), "seed": self.seed, "level": used}
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -91,19 +93,32 @@ def run_suites(
             f"seeds {list(seeds)}: expected 0..{TUNING_SEED - 1}; from {TUNING_SEED} on they are for choices"
         )
     sides = sorted({arm.cells for name in names for arm in SUITES[name]})
-    prepare(level, folder, sides, jobs)
     results.parent.mkdir(parents=True, exist_ok=True)
-    reads = note_stages(Workshop(level, folder), sides, stages_file(results))
-    read = tuple(side for side in sides if reads[str(side)][str(side)] >= level.reads_enough)
-    if "table4b" in names and REMEMBER.cells in read:
-        tuning = [Job(arm, TUNING_SEED) for name in INTERACTION_NAMES for arm in tuning_arms(name)]
-        _run_jobs(tuning, level, folder, results, jobs)
-    if "search" in names:
-        tried = [arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio) if arm.cells in read]
-        _run_jobs([Job(arm, TUNING_SEED) for arm in tried], level, folder, results, jobs)
-    # Seed after seed, so that a run that is stopped has whole seeds.
-    arms = [arm for arm in arms_of(names, level, results) if arm.cells in read]
-    _run_jobs([Job(arm, seed) for seed in seeds for arm in arms], level, folder, results, jobs)
+    workshop = Workshop(level, folder)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+
+        def run(sides: Sequence[int]) -> None:
+            reads = note_stages(workshop, sides, stages_file(results))
+            read = {side for side in sides if reads[str(side)][str(side)] >= level.reads_enough}
+            choices = [Job(arm, TUNING_SEED) for name in names for arm in choice_arms(name, level)]
+            _run_jobs([job for job in choices if job.spec.cells in read], level, folder, results, pool)
+            # Seed after seed, so that a run that is stopped has whole seeds.
+            jobs = [Job(arm, seed) for seed in seeds for arm in arms_of(names, level, results)]
+            _run_jobs([job for job in jobs if job.spec.cells in read], level, folder, results, pool)
+
+        prepare(level, folder, sides[0], pool)
+        # Each decoder begins from the one before, so that they take one process; the first ratio's arms go beside.
+        decoders = pool.submit(stage, level, folder, "decoder", sides[-1])
+        run(sides[:1])
+        decoders.result()
+        run(sides)
+
+
+def choice_arms(name: str, level: Level) -> list[ArmSpec]:
+    """What a suite tries with `TUNING_SEED` before it chooses some of its arms."""
+    if name == "table4b":
+        return [arm for interaction in INTERACTION_NAMES for arm in tuning_arms(interaction, level)]
+    return [arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio)] if name == "search" else []
 
 
 def note_stages(workshop: Workshop, sides: Iterable[int], path: Path) -> dict[str, Any]:
@@ -142,7 +157,7 @@ def suite_arms(name: str, level: Level, results: Path) -> list[ArmSpec]:
 
 
 def chosen_arms(level: Level, results: Path) -> list[ArmSpec]:
-    """What did best on the validation pages at each ratio: of all that was tried, and of what adds no parameters."""
+    """What did best on the validation pages at each ratio: of all, of what adds no parameters, of single blocks."""
     lines = {line["key"]: line for line in read_lines(results)}
     arms: list[ArmSpec] = []
     for ratio in SEARCHED_RATIOS:
@@ -151,7 +166,8 @@ def chosen_arms(level: Level, results: Path) -> list[ArmSpec]:
         if known:
             size = known[0][1]["parameters"]["blocks"]
             small = [(arm, line) for arm, line in known if line["parameters"]["blocks"] <= size]
-            arms += [max(some, key=lambda run: validation_mean(run[1]))[0] for some in (known, small)]
+            single = [(arm, line) for arm, line in known if len(arm.layers) == 1]
+            arms += [max(some, key=lambda run: validation_mean(run[1]))[0] for some in (known, small, single) if some]
     return distinct(arms)
 
 
@@ -160,13 +176,12 @@ def tuned_arms(level: Level, results: Path) -> list[ArmSpec]:
     lines = {line["key"]: line for line in read_lines(results)}
     arms = []
     for name in INTERACTION_NAMES:
-        runs = {arm.lr: lines.get(Job(arm, TUNING_SEED).key(level)) for arm in tuning_arms(name)}
+        runs = {arm.lr: lines.get(Job(arm, TUNING_SEED).key(level)) for arm in tuning_arms(name, level)}
         missing = [rate for rate, line in runs.items() if line is None]
         if missing:
-            raise ValueError(f"{name}: not tuned yet at {missing} of {list(TUNING_RATES)}")
+            raise ValueError(f"{name}: not tuned yet at {missing} of {list(runs)}")
         best = max(runs, key=lambda rate: validation_mean(runs[rate] or {}))
-        # The level's own rate goes unsaid, so that the arm is the same as in other tables.
-        arms.append(replace(interaction(name), lr=None if best == level.arm.lr else best))
+        arms.append(replace(interaction(name), lr=best))
     return arms
 
 
@@ -175,12 +190,11 @@ def validation_mean(line: Mapping[str, Any]) -> float:
     return statistics.fmean(line["curve"]["validation"][-1].values())
 
 
-def _run_jobs(wanted: Sequence[Job], level: Level, folder: Path, results: Path, jobs: int) -> None:
+def _run_jobs(wanted: Sequence[Job], level: Level, folder: Path, results: Path, pool: Executor) -> None:
     done = {line["key"] for line in read_lines(results)}
     left = [job for job in wanted if job.key(level) not in done]
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(left), desc="runs", dynamic_ncols=True)
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
-    with bar, results.open("a", encoding="utf-8") as file, pool:
+    with bar, results.open("a", encoding="utf-8") as file:
         running = {pool.submit(run_job, job, level, folder): job for job in left}
         for future in as_completed(running):
             file.write(json.dumps(future.result()) + "\n")

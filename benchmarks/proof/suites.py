@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from .arms import ArmSpec
+from .levels import Level
 
 PAPER_LAYERS = (1, 4)
 PROJECTOR_NAMES = {
@@ -19,7 +21,8 @@ RATIOS = (4, 9, 16)
 SEARCHED_RATIOS = (4, 9)
 TUNING_SEED = 100
 """Seed of every run that a choice is made from; reported seeds are below it."""
-TUNING_RATES = (1e-3, 2e-3, 4e-3)
+TUNING_FACTORS = (0.5, 1, 2)
+"""Learning rates that an interaction is tried with, relative to the level's."""
 INTERACTION_NAMES = {"global": "global attention", "deformable": "deformable attention", "sela": "SELA"}
 
 POOLED = ArmSpec("pooled")
@@ -94,34 +97,40 @@ def _rivals() -> list[ArmSpec]:
     return [*_table5a()[:3], deepstack]
 
 
-_TRIED: dict[str, dict[str, object]] = {
-    "no saliency": {"saliency": None},
-    "saliency that takes nothing away": {"saliency_variant": "boost"},
-    "wider, a head more per cell": {"attn_dim": 256, "num_heads": 16},
-    "two query layers": {"query_layers": 2},
-    "two output layers": {"output_layers": 2},
-    "no saliency, two query and output layers": {"saliency": None, "query_layers": 2, "output_layers": 2},
-    "no saliency, wider": {"saliency": None, "attn_dim": 256, "num_heads": 16},
-}
-_TRIED_AT_9: dict[str, dict[str, object]] = {
-    "a head per cell": {"attn_dim": 144, "num_heads": 9},
-    "two heads per cell": {"attn_dim": 288, "num_heads": 18},
-    "two heads per cell, no saliency": {"attn_dim": 288, "num_heads": 18, "saliency": None},
-    "two heads per cell, saliency that takes nothing away": {
-        "attn_dim": 288,
-        "num_heads": 18,
-        "saliency_variant": "boost",
-    },
-}
+_BOOST: dict[str, Any] = {"saliency_variant": "boost"}
+_NINE_HEADS: dict[str, Any] = {"attn_dim": 144, "num_heads": 9}
+_TWO_PER_CELL: dict[str, Any] = {"attn_dim": 288, "num_heads": 18}
+BOOSTED = "saliency that takes nothing away"
 
 
 def searched_arms(ratio: int) -> list[ArmSpec]:
     """What is tried for a better default at a ratio: SELA as in the tables, changes, other places of the blocks."""
-    default = replace(remember(ratio), name=f"1/{ratio}: as in the tables")
-    tried = _TRIED if ratio == 4 else _TRIED_AT_9
-    arms = [replace(default, name=f"1/{ratio}: {name}", overrides=overrides) for name, overrides in tried.items()]
-    moved = [replace(default, name=f"1/{ratio}: blocks before 1, 2", layers=(1, 2))] if ratio == 4 else []
-    return [default, *arms, *moved]
+
+    def tried(name: str, layers: tuple[int, ...] = PAPER_LAYERS, **overrides: Any) -> ArmSpec:
+        return replace(remember(ratio), name=f"1/{ratio}: {name}", layers=layers, overrides=overrides)
+
+    if ratio == 4:
+        return [
+            tried("as in the tables"),
+            tried("no saliency", saliency=None),
+            tried(BOOSTED, **_BOOST),
+            tried("wider, a head more per cell", attn_dim=256, num_heads=16),
+            tried("two query layers", query_layers=2),
+            tried("two output layers", output_layers=2),
+            tried("no saliency, two query and output layers", saliency=None, query_layers=2, output_layers=2),
+            tried("no saliency, wider", saliency=None, attn_dim=256, num_heads=16),
+            tried("blocks before 1, 2", (1, 2)),
+            tried(f"{BOOSTED}, before 1 alone", (1,), **_BOOST),
+        ]
+    return [
+        tried("as in the tables"),
+        tried(BOOSTED, **_BOOST),
+        tried(f"{BOOSTED}, before 1 alone", (1,), **_BOOST),
+        tried(f"nine heads as wide, {BOOSTED}", **_NINE_HEADS, **_BOOST),
+        tried(f"nine heads as wide, {BOOSTED}, before 1 alone", (1,), **_NINE_HEADS, **_BOOST),
+        tried(f"two heads per cell, {BOOSTED}", **_TWO_PER_CELL, **_BOOST),
+        tried(f"two heads per cell, {BOOSTED}, before 1 alone", (1,), **_TWO_PER_CELL, **_BOOST),
+    ]
 
 
 SUITES = {
@@ -132,15 +141,22 @@ SUITES = {
     "table5a": _table5a(),
     "controls": _controls(),
     "rivals": _rivals(),
-    "search": _table5a()[:5],
+    "search": [
+        *_table5a()[:5],
+        *(arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio) if arm.overrides == _BOOST),
+    ],
 }
 """Arms by suite. Those of table 4b take the learning rate that their own tuning chose; to those of "search" come the
-arms that did best on the validation pages."""
+arms that did best on the validation pages: what the default preset became of it is run in any case."""
 
 
-def tuning_arms(name: str) -> list[ArmSpec]:
-    """The runs from which an interaction's learning rate is chosen: the same rates for each."""
-    return [replace(interaction(name), lr=rate) for rate in TUNING_RATES]
+def tuning_arms(name: str, level: Level) -> list[ArmSpec]:
+    """The runs from which an interaction's learning rate is chosen: the same rates for each.
+
+    The level's own rate goes unsaid, so that the arm is the same as in other tables.
+    """
+    rates = [None if factor == 1 else factor * level.arm.lr for factor in TUNING_FACTORS]
+    return [replace(interaction(name), lr=rate) for rate in rates]
 
 
 def distinct(arms: Sequence[ArmSpec]) -> list[ArmSpec]:

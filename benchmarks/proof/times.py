@@ -24,7 +24,7 @@ from .prepare import Workshop
 from .prompts import prompts
 from .rivals import RIVALS, pruning
 from .runner import versions
-from .suites import POOLED, SEARCHED_RATIOS, SUITES, distinct, searched_arms
+from .suites import POOLED, RATIOS, SEARCHED_RATIOS, SUITES, distinct, remember, searched_arms
 from .train import Set, World, arm_logits
 from .words import Streams
 
@@ -88,9 +88,20 @@ def _quartiles(level: Level, case: str, calls: dict[str, Callable[[], object]]) 
     return found
 
 
+def absorbed_name(arm: str) -> str:
+    """Where the times of an arm stand with its cells' projections absorbed."""
+    return f"{arm}, absorbed"
+
+
+def absorbed(spec: ArmSpec) -> ArmSpec:
+    """The arm with its cells' projections absorbed: the same function at another cost, and so timed but not trained."""
+    return replace(spec, name=absorbed_name(spec.name), overrides={**spec.overrides, "absorb": "auto"})
+
+
 def _timed(world: World) -> list[ArmSpec]:
     specs = [POOLED, *(arm for arms in SUITES.values() for arm in arms)]
-    specs += [arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio)]
+    searched = [arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio)]
+    specs += [*searched, *map(absorbed, [*map(remember, RATIOS), *searched])]
     return [spec for spec in distinct(specs) if spec.cells in world.pretrained]
 
 

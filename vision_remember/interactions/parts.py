@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 _MAX_DEFAULT_WIDTH = 1024
+_NARROWEST_DEFAULT_HEAD = 8
 
 
 def attention_width(attn_dim: int | Literal["features"] | None, query_dim: int, feature_dim: int) -> int:
@@ -16,8 +17,13 @@ def attention_width(attn_dim: int | Literal["features"] | None, query_dim: int, 
     return attn_dim or min(query_dim, _MAX_DEFAULT_WIDTH)
 
 
-def head_count(num_heads: int | None, width: int) -> int:
+def head_count(num_heads: int | None, width: int, wanted: int = 1) -> int:
     """``num_heads``; None for as many as leave at least 64 channels each (16 in an attention narrower than 512).
+
+    Args:
+        num_heads: heads, or None.
+        width: of the attention.
+        wanted: with None, no fewer heads than these where the width has room for them, with 8 channels or more each.
 
     Raises:
         ValueError: the heads do not divide the width.
@@ -26,6 +32,9 @@ def head_count(num_heads: int | None, width: int) -> int:
         num_heads = max(1, width // (64 if width >= 512 else 16))
         while width % num_heads:
             num_heads -= 1
+        enough = [n for n in range(wanted, width // _NARROWEST_DEFAULT_HEAD + 1) if width % n == 0]
+        if num_heads < wanted and enough:
+            num_heads = enough[0]
     if num_heads < 1 or width % num_heads:
         raise ValueError(f"num_heads={num_heads} must divide the attention width {width}")
     return num_heads

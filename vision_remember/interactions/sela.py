@@ -15,7 +15,7 @@ from vision_remember.interactions.bank import keys_and_values, side_by_side
 from vision_remember.interactions.cross_attention import CrossAttention
 from vision_remember.interactions.fusion import Concat
 from vision_remember.interactions.levels import FeatureNorm, Features, LevelLinear, is_plain, split_levels
-from vision_remember.interactions.parts import split_heads
+from vision_remember.interactions.parts import attention_width, head_count, split_heads
 from vision_remember.interactions.region_cells import PreparedRaster, PreparedRegions, RegionCells, regions_between
 from vision_remember.ops import BACKENDS, local_attention, region_bias
 from vision_remember.ops.triton_local_attention import triton_local_attention
@@ -23,8 +23,9 @@ from vision_remember.ops.windowed import attend_regions, merge_query_blocks, spl
 
 Position = Literal["specialised", "learned", "none"]
 
-# A head that starts on its own cell of a 2x2 region gives it e^3 / (e^3 + 3) = 87 % of its weight.
-_OWN_CELL_LOGIT = 3.0
+# Of its weight a head that starts on its own cell gives it e^3 / (e^3 + 3) = 87 %: three over the others in a region of
+# 2x2 cells, more in a larger one, where there are more others to share with.
+_OWN_CELL_ODDS = math.exp(3) / 3
 _LEARNED_STD = 0.02
 
 
@@ -35,10 +36,12 @@ class SELA(CrossAttention):
         query_dim: D, width of the tokens.
         feature_dim: C, width of the features, all levels joined.
         attn_dim: width of the attention; "features" for C; None for D, at most 1024.
-        num_heads: heads; None for heads of 64 channels (16 where the attention is narrower than 512).
+        num_heads: heads; None for heads of 64 channels (16 where the attention is narrower than 512), and with position
+            "specialised" for one per cell at least, where that leaves them 8 channels.
         window: side k of the block of tokens that share a region; 1 gives every token its own.
         position: a learned bias per head for the place of a cell inside the region. "specialised" starts each head on
-            a cell of its own: a start without a preference averages the region and was seen to stay there. "learned"
+            a cell of its own, with 87 % of its weight: a start without a preference averages the region and was seen
+            to stay there. "learned"
             starts near zero. "none" is the paper's text, which mentions no bias.
         cells: cells per token (rows, columns) that the position table is laid out for; other regions interpolate it.
             "specialised" needs at least rows * columns heads to cover each cell.
@@ -82,11 +85,13 @@ class SELA(CrossAttention):
         backend: str = "auto",
         absorb: bool | Literal["auto"] = False,
     ) -> None:
+        check_grid("cells", cells)
+        width = attention_width(attn_dim, query_dim, feature_dim)
         super().__init__(
             query_dim,
             feature_dim,
-            attn_dim=attn_dim,
-            num_heads=num_heads,
+            attn_dim=width,
+            num_heads=head_count(num_heads, width, math.prod(cells) if position == "specialised" else 1),
             num_levels=num_levels,
             level_dims=level_dims,
             fusion=fusion,
@@ -98,7 +103,6 @@ class SELA(CrossAttention):
         )
         if window < 1:
             raise ValueError(f"window={window}: expected a positive number of tokens per block side")
-        check_grid("cells", cells)
         BACKENDS[backend]  # for its error: the earliest place to notice a typo
         if absorb not in (True, False, "auto"):
             raise ValueError(f"absorb={absorb!r}: expected True, False or 'auto'")
@@ -297,7 +301,8 @@ def _position_table(position: Position, heads: int, window: int, cells: Grid, ke
         own = entry % heads % math.prod(cells)
         own_row = query // window * rows + own // columns
         own_column = query % window * columns + own % columns
-        table[entry, query, own_row, own_column] = _OWN_CELL_LOGIT
+        others = table[0, 0].numel() - 1
+        table[entry, query, own_row, own_column] = math.log(max(1, others) * _OWN_CELL_ODDS)
     else:
         raise ValueError(f"position={position!r}: expected 'specialised', 'learned' or 'none'")
     return nn.Parameter(table)
