@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from tests.launches import Launches, fake
@@ -127,6 +128,13 @@ def test_compiled_it_is_one_graph_with_the_same_gradients() -> None:
     torch.compiler.reset()
     compiled = torch.compile(attend_regions, fullgraph=True, backend="aot_eager")
     results = [torch.autograd.grad(squared(f)(*inputs), inputs) for f in (compiled, attend_regions)]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+
+
+def test_a_graph_of_it_can_be_differentiated() -> None:
+    inputs = arguments()
+    graph = make_fx(attend_regions)(*inputs)
+    results = [torch.autograd.grad(squared(f)(*inputs), inputs) for f in (graph, attend_regions)]
     torch.testing.assert_close(*results, rtol=0, atol=1e-12)
 
 

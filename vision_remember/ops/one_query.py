@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 # What the products of the regions at hand may take: measured fastest between 256 kB and 1 MB, of caches of 2 MB.
 _BYTES_AT_A_TIME = 1 << 19
@@ -43,7 +44,7 @@ def attend_one_query(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) ->
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether numbers are asked for, and gradients at most: no graph of them, no transform, no forward derivative."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or get_proxy_mode() is not None or torch._C._are_functorch_transforms_active():
         return False
     # Gradients for many cotangents at once come as batches of an older kind, and of no transform.
     batched = torch._C._functorch.is_legacy_batchedtensor
