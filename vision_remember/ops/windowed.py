@@ -9,13 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vision_remember.grid import Grid
-from vision_remember.ops.one_query import attend_one_query, is_plain, softmax
+from vision_remember.ops.one_query import attend_one_query, attend_without_gradients, is_plain, softmax
 from vision_remember.ops.regions import AxisRegions
 
 # CUDA's fused kernels take the batch for a dimension of their launch grid, which ends here.
 _LARGEST_FUSED_BATCH = 65535
-# Of one query: up to here sums of products take no longer than the fused attention (at 16 cells 1.6 times as long).
-_FEW_CELLS = 9
 
 
 def windowed_local_attention(
@@ -52,10 +50,13 @@ def windowed_local_attention(
         bias = mask.expand(heads, -1, query.shape[2], -1) if bias is None else mask + bias
     if bias is not None and bias.ndim == 4:
         bias = bias.transpose(0, 1).repeat(query.shape[0] // blocks, 1, 1, 1)
-    return _merge_queries(attend_regions(query, key, value, bias), query_grid, window, rows, columns)
+    read = attend_regions(query, key, value, bias, per_image=blocks)
+    return _merge_queries(read, query_grid, window, rows, columns)
 
 
-def attend_regions(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+def attend_regions(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, *, per_image: int | None = None
+) -> Tensor:
     """Dense attention inside each of many small regions, in the form that was measured fastest for the case.
 
     Args:
@@ -63,22 +64,21 @@ def attend_regions(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | Non
         key: (R, heads, n, d).
         value: (R, heads, n, d_v).
         bias: added to the logits, (heads, q, n) or (R, heads, q, n).
+        per_image: regions of one image, R if not given. Those of different images are never computed together: a number
+            that is not finite stays in its image.
 
     Returns:
         (R, heads, q, d_v); heads stand last but one in memory, as in the queries that projections make.
     """
+    # On a CPU the fused attention knows no gradient of a mask and no second ones; under autocast it would narrow what
+    # sums of products leave wide.
+    fused = not (query.is_cuda or torch.is_grad_enabled() or (bias is not None and torch.is_autocast_enabled("cpu")))
+    if fused and is_plain(query, key, value, *([] if bias is None else [bias])):
+        return attend_without_gradients(query, key, value, bias, per_image=per_image or query.shape[0])
     if bias is None or (query.is_cuda and query.shape[0] <= _LARGEST_FUSED_BATCH):
         return F.scaled_dot_product_attention(query, key, value, bias)
-    one_query = query.shape[2] == 1 and not query.is_cuda
-    few_cells = one_query and key.shape[2] <= _FEW_CELLS
-    # On a CPU the fused attention knows no gradient of a mask and no second ones, and takes a slow way where the mask
-    # might want one; under autocast it would narrow what sums of products leave wide.
-    fused = not (few_cells or query.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
-    if fused and is_plain(query, key, value, bias):
-        mask = bias.detach() if bias.ndim == 4 else bias.detach().unsqueeze(0)
-        return F.scaled_dot_product_attention(query, key, value, mask)
     scale = 1 / math.sqrt(query.shape[-1])
-    if one_query:
+    if query.shape[2] == 1 and not query.is_cuda:
         return attend_one_query(query * scale, key, value, bias)
     logits = torch.matmul(query * scale, key.transpose(-1, -2)) + bias
     return torch.matmul(softmax(logits, -1), value)
