@@ -66,13 +66,15 @@ class Attachment:
         side_stream: whether a GPU prepares what the blocks read beside the decoder's first layers.
     """
 
+    # The class holds the default: attachments that were pickled before there was a side stream have none of their own.
+    side_stream = False
+
     def __init__(self, parts: HostParts, config: VisionRememberConfig, tap: MultiLevelTap) -> None:
         self.model = parts.model
         self.spec = parts.spec
         self.config = config
         self.tap = tap
         self.enabled = True
-        self.side_stream = False
         self._base = parts.base
         self._layers = parts.layers
         self._token_ids = {"image": parts.image_token_id}

@@ -13,6 +13,7 @@ import torch
 from tests.hosts import PAD_TOKEN, PAIRINGS, batch, build_llava, randomise
 from tests.test_generate import singles
 from vision_remember import attach_vision_remember
+from vision_remember.adapters.attachment import find_attachment
 
 COUNTS = (1, 2, 0)
 
@@ -124,3 +125,17 @@ def test_a_pickled_model_comes_back_attached() -> None:
     twin = torch.load(file, weights_only=False)
     inputs = batch(model)
     assert torch.equal(run(twin, inputs), run(model, inputs))
+
+
+def test_a_model_that_was_pickled_before_there_were_side_streams_runs() -> None:
+    model = attached()
+    attachment = find_attachment(model)
+    attachment.side_stream = True
+    del attachment.side_stream
+    assert attachment.side_stream is False
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    old = torch.load(file, weights_only=False)
+    inputs = batch(model)
+    assert torch.equal(run(old, inputs), run(attached(), inputs))

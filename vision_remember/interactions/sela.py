@@ -224,7 +224,8 @@ class SELA(CrossAttention):
         query = split_query_blocks(query, token_grid, self.window)
         bias = self._bias(query, token_grid, feature_grid)
         if isinstance(prepared, PreparedRegions):
-            read = attend_regions(query, prepared.key, prepared.value, bias)
+            per_image = query.shape[0] // max(1, tokens.shape[0])
+            read = attend_regions(query, prepared.key, prepared.value, bias, per_image=per_image)
         else:
             key_weight: Tensor = self.vr_key.weight  # type: ignore[assignment]
             value_weight: Tensor = self.vr_value.weight  # type: ignore[assignment]

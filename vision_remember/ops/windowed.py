@@ -9,12 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vision_remember.grid import Grid
+from vision_remember.ops.one_query import attend_one_query, attend_without_gradients, is_plain, softmax
 from vision_remember.ops.regions import AxisRegions
 
 # CUDA's fused kernels take the batch for a dimension of their launch grid, which ends here.
 _LARGEST_FUSED_BATCH = 65535
-# Their products take half a megabyte with keys as wide as a small decoder; measured fastest between 16 and 128.
-_REGIONS_AT_A_TIME = 32
 
 
 def windowed_local_attention(
@@ -51,10 +50,13 @@ def windowed_local_attention(
         bias = mask.expand(heads, -1, query.shape[2], -1) if bias is None else mask + bias
     if bias is not None and bias.ndim == 4:
         bias = bias.transpose(0, 1).repeat(query.shape[0] // blocks, 1, 1, 1)
-    return _merge_queries(attend_regions(query, key, value, bias), query_grid, window, rows, columns)
+    read = attend_regions(query, key, value, bias, per_image=blocks)
+    return _merge_queries(read, query_grid, window, rows, columns)
 
 
-def attend_regions(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+def attend_regions(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, *, per_image: int | None = None
+) -> Tensor:
     """Dense attention inside each of many small regions, in the form that was measured fastest for the case.
 
     Args:
@@ -62,45 +64,24 @@ def attend_regions(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | Non
         key: (R, heads, n, d).
         value: (R, heads, n, d_v).
         bias: added to the logits, (heads, q, n) or (R, heads, q, n).
+        per_image: regions of one image, R if not given. Those of different images are never computed together: a number
+            that is not finite stays in its image.
 
     Returns:
         (R, heads, q, d_v); heads stand last but one in memory, as in the queries that projections make.
     """
-    fused = bias is None or (query.is_cuda and query.shape[0] <= _LARGEST_FUSED_BATCH)
-    if fused:
+    # On a CPU the fused attention knows no gradient of a mask and no second ones; under autocast it would narrow what
+    # sums of products leave wide.
+    fused = not (query.is_cuda or torch.is_grad_enabled() or (bias is not None and torch.is_autocast_enabled("cpu")))
+    if fused and is_plain(query, key, value, *([] if bias is None else [bias])):
+        return attend_without_gradients(query, key, value, bias, per_image=per_image or query.shape[0])
+    if bias is None or (query.is_cuda and query.shape[0] <= _LARGEST_FUSED_BATCH):
         return F.scaled_dot_product_attention(query, key, value, bias)
     scale = 1 / math.sqrt(query.shape[-1])
     if query.shape[2] == 1 and not query.is_cuda:
-        return _attend_one_query(query * scale, key, value, bias)
-    logits = torch.matmul(query * scale, key.transpose(-1, -2))
-    if bias is not None:
-        logits = logits + bias
-    return torch.matmul(_softmax(logits, -1), value)
-
-
-def _attend_one_query(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """:func:`attend_regions` for one query per region, scaled already, by sums of products.
-
-    A batched product would start once per region and head, for a handful of numbers.
-    """
-    # Heads last but one, (R, n, heads, d), as projections make them: sums run over rows that lie together.
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    if bias is not None:
-        bias = bias.movedim(-1, -3).expand(key.shape[0], -1, -1, -1)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _sums_of_products(query, key, value, bias).unsqueeze(2)
-    # A few regions at a time, so that the products never leave the cache.
-    read = value.new_empty(value.shape[0], *value.shape[2:])
-    for start in range(0, read.shape[0], _REGIONS_AT_A_TIME):
-        part = slice(start, start + _REGIONS_AT_A_TIME)
-        read[part] = _sums_of_products(query[part], key[part], value[part], None if bias is None else bias[part])
-    return read.unsqueeze(2)
-
-
-def _sums_of_products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """(R, 1, heads, d), (R, n, heads, d), (R, n, heads, d_v) and (R, n, heads, 1) -> (R, heads, d_v)."""
-    logits = (query * key).sum(-1, keepdim=True)
-    return (_softmax(logits if bias is None else logits + bias, 1) * value).sum(1)
+        return attend_one_query(query * scale, key, value, bias)
+    logits = torch.matmul(query * scale, key.transpose(-1, -2)) + bias
+    return torch.matmul(softmax(logits, -1), value)
 
 
 def to_regions(x: Tensor, rows: AxisRegions, columns: AxisRegions) -> Tensor:
@@ -110,11 +91,6 @@ def to_regions(x: Tensor, rows: AxisRegions, columns: AxisRegions) -> Tensor:
     """
     x = x.unflatten(1, (rows.blocks, rows.extent, columns.blocks, columns.extent))
     return x.transpose(2, 3)
-
-
-def _softmax(logits: Tensor, dim: int) -> Tensor:
-    # Half precision keeps too few digits for a sum of exponentials.
-    return logits.softmax(dim, dtype=torch.float32 if logits.dtype.itemsize < 4 else None).to(logits.dtype)
 
 
 def split_query_blocks(x: Tensor, grid: Grid, window: int) -> Tensor:
