@@ -43,6 +43,8 @@ def test_every_suite_writes_ratios_to_its_first_candidate(suite: str, tmp_path: 
         assert first["ratio"] == 1
         assert others
         for result in others:
+            assert len(result["times"]) == 2
+            assert sum(result["times"]) / 2 == pytest.approx(result["milliseconds"])
             assert 0 < result["quartiles"][0] <= result["milliseconds"] <= result["quartiles"][1]
             assert result["peak_bytes"] > 0
     assert (tmp_path / f"speed_cpu_{suite}.png").stat().st_size > 1000

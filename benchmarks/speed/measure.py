@@ -33,6 +33,7 @@ class Result:
         quartiles: first and third quartile of the time.
         ratio: median over repeats of its time by that of the first candidate in the same repeat.
         ratio_quartiles: of that ratio.
+        times: of each repeat, in their order: what any other ratio within repeats is taken from.
         peak_bytes: most bytes that its results held at once, beyond what was there before.
         failure: why there are no numbers.
     """
@@ -43,6 +44,7 @@ class Result:
     quartiles: tuple[float, float] | None = None
     ratio: float | None = None
     ratio_quartiles: tuple[float, float] | None = None
+    times: tuple[float, ...] | None = None
     peak_bytes: int | None = None
     failure: str | None = None
 
@@ -159,7 +161,14 @@ def _peak(plan: Plan, run: Callable[[], Any]) -> int:
 def _result(case: str, name: str, times: list[float], first: list[float], peak: int) -> Result:
     ratios = [own / other for own, other in zip(times, first, strict=True)]
     return Result(
-        case, name, statistics.median(times), _quartiles(times), statistics.median(ratios), _quartiles(ratios), peak
+        case,
+        name,
+        statistics.median(times),
+        _quartiles(times),
+        statistics.median(ratios),
+        _quartiles(ratios),
+        tuple(times),
+        peak,
     )
 
 

@@ -58,7 +58,7 @@ def _forms(
 ) -> dict[str, Callable[[], Tensor]]:
     tiles, heads, tokens, width = query.shape
     grids: dict[str, Any] = {"query_grid": token_grid, "key_grid": key_grid}
-    bias = torch.zeros(heads, 1, 4, device=query.device, dtype=query.dtype)
+    bias = torch.zeros(heads, 1, 4, device=query.device, dtype=query.dtype, requires_grad=query.requires_grad)
 
     def ordered(x: Tensor, cells: int) -> Tensor:
         """Taken for standing in the order of regions, as prepared cells do: (R, heads, n, d)."""

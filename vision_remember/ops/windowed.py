@@ -70,15 +70,16 @@ def attend_regions(
     Returns:
         (R, heads, q, d_v); heads stand last but one in memory, as in the queries that projections make.
     """
-    # On a CPU the fused attention knows no gradient of a mask and no second ones; under autocast it would narrow what
-    # sums of products leave wide.
-    fused = not (query.is_cuda or torch.is_grad_enabled() or (bias is not None and torch.is_autocast_enabled("cpu")))
+    on_cpu = query.device.type == "cpu"
+    # A CPU's fused attention knows no gradient of a mask and no second ones; under autocast it would narrow what sums
+    # of products leave wide.
+    fused = on_cpu and not (torch.is_grad_enabled() or (bias is not None and torch.is_autocast_enabled("cpu")))
     if fused and is_plain(query, key, value, *([] if bias is None else [bias])):
         return attend_without_gradients(query, key, value, bias, per_image=per_image or query.shape[0])
     if bias is None or (query.is_cuda and query.shape[0] <= _LARGEST_FUSED_BATCH):
         return F.scaled_dot_product_attention(query, key, value, bias)
     scale = 1 / math.sqrt(query.shape[-1])
-    if query.shape[2] == 1 and not query.is_cuda:
+    if query.shape[2] == 1 and on_cpu:
         return attend_one_query(query * scale, key, value, bias)
     logits = torch.matmul(query * scale, key.transpose(-1, -2)) + bias
     return torch.matmul(softmax(logits, -1), value)
