@@ -74,7 +74,7 @@ def _table4a() -> list[ArmSpec]:
 
 
 def _table4c() -> list[ArmSpec]:
-    layers = ((1,), (1, 4), (1, 4, 7), (4,), (7,), (4, 7))
+    layers = ((1,), (1, 4), (1, 4, 7), (4,), (7,))
     return [replace(REMEMBER, name=", ".join(map(str, chosen)), layers=chosen) for chosen in layers]
 
 
