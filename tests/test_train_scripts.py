@@ -198,7 +198,7 @@ def test_a_mistake_is_one_line(traceback: bool, tmp_path: Path) -> None:
 
 def test_errors_of_others_keep_their_traceback() -> None:
     def caught(code: str) -> ValueError:
-        with pytest.raises(ValueError, match="int|--config") as info:
+        with pytest.raises(ValueError, match=r"int|--config") as info:
             exec(code, {"__name__": "somebody.else", "parse": parse, "kind": TrainingArguments})
         return info.value
 
