@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
 
 from vision_remember.adapters.attachment import NAME
 
@@ -41,13 +36,18 @@ def load_base_model(
         adapter_follows: an adapter will be loaded onto it.
 
     Raises:
-        ValueError: a dtype that does not exist, both ways to place the model, or weights of Vision Remember in the
-            model's own files, which transformers alone would leave out without an error.
+        ValueError: a dtype or a device that does not exist, both ways to place the model, or weights of Vision Remember
+            in the model's own files, which transformers alone would leave out without an error.
+        FileNotFoundError: the name is neither a folder nor one that the hub could have.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected auto, {', '.join(DTYPES)}")
     if device is not None and device_map is not None:
         raise ValueError(f"device={device!r} and device_map={device_map!r}: expected at most one of them")
+    if device is not None:
+        check_device(device)
+    if not os.path.isdir(name) and name.count("/") != 1:
+        raise FileNotFoundError(f"{name} is neither a folder nor a repository id (owner/name)")
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     wanted = {"revision": revision, "attn_implementation": attn_implementation, "device_map": device_map}
@@ -83,21 +83,14 @@ def refuse_blocks(name: str, weights: Collection[str]) -> None:
         )
 
 
-def weight_names(name: str, revision: str | None = None) -> list[str]:
-    """Names in a model's safetensors files, read without the weights; none where there are no such files.
+def check_device(device: str) -> None:
+    """Looks whether tensors can be put there, before a model is loaded for it.
 
-    Args:
-        name: hub id or folder.
-        revision: on the hub.
+    Raises:
+        ValueError: it is no name of a device, or this build of torch or this machine has none.
     """
-    for file in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME):
-        try:
-            path = cached_file(name, file, revision=revision)
-        except (OSError, ValueError):  # what loads the model afterwards says what is wrong
-            continue
-        assert path is not None
-        if file == SAFE_WEIGHTS_INDEX_NAME:
-            return list(json.loads(Path(path).read_text())["weight_map"])
-        with safe_open(path, framework="pt") as weights:
-            return list(weights.keys())
-    return []
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises them all
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device {device!r}: expected one that this machine has, such as cpu: {reason}") from error

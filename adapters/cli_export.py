@@ -77,11 +77,15 @@ def export_command(
     choices = Choices.of(adapter, layers, levels, preset, assignments, projector, ratio)
     grids = grid(tokens, "--tokens"), grid(cells, "--cells")
 
+    from vision_remember.adapters.base_model import refuse_blocks
     from vision_remember.adapters.cli_load import attached_skeleton
     from vision_remember.adapters.export import export_block
     from vision_remember.adapters.resolve import resolve
+    from vision_remember.adapters.weight_names import weight_names
     from vision_remember.remember import VisionRemember
 
+    if adapter is None:
+        refuse_blocks(model, weight_names(model, revision))
     _, handle = attached_skeleton(model, revision, choices)
     parts = resolve(handle.host, handle.spec)
     token_grid = grids[0] or handle.config.token_grid or parts.token_grid

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vision_remember.adapters.attach import attach_vision_remember
-from vision_remember.adapters.base_model import DTYPES, load_base_model
+from vision_remember.adapters.base_model import DTYPES, check_device, load_base_model
 from vision_remember.adapters.checkpoint import read_adapter
 from vision_remember.adapters.cli_common import Choices, say
 from vision_remember.adapters.compress import compress_projector
@@ -55,9 +55,9 @@ def load_model(name: str, revision: str | None, *, device: str, dtype: str, adap
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
     try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {device!r}: {_first_line(error)}") from error
+        check_device(device)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
     if not _is_path(name) or any(path for pattern in _WEIGHTS for path in Path(name).glob(pattern)):
         say(f"loading {name}")
         return load_base_model(name, revision=revision, dtype=dtype, device=device, adapter_follows=adapter_follows)

@@ -109,6 +109,13 @@ class LmmsEvalModel(lmms):  # type: ignore[misc] # lmms-eval has no types
     ) -> None:
         super().__init__()
         self.batch_size = _batch_size(batch_size, max_batch_size)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected a whole number above 0")
+        template = self._resolve_system_prompt(chat_template or "")
+        if template and "{" not in template:
+            raise ValueError(
+                f"chat_template={chat_template!r}: neither a file nor a template, which has {{{{ or {{% in it"
+            )
         if isinstance(pretrained, nn.Module):
             _check_in_memory(processor, revision, dtype, attn_implementation, device, device_map)
             self.model, self.processor = pretrained, processor
@@ -136,7 +143,7 @@ class LmmsEvalModel(lmms):  # type: ignore[misc] # lmms-eval has no types
         }
         self._max_new_tokens = max_new_tokens
         self._system_prompt = self._resolve_system_prompt(system_prompt)
-        self._chat_template = self._resolve_system_prompt(chat_template or "") or self.processor.chat_template
+        self._chat_template = template or self.processor.chat_template
         self._ttft = ttft
         if self._chat_template is None:
             raise ValueError(f"{type(self.processor).__name__} has no chat template: pass one as chat_template=...")

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from vision_remember.adapters.attachment import find_attachment
-from vision_remember.adapters.base_model import refuse_blocks, weight_names
+from vision_remember.adapters.base_model import refuse_blocks
 from vision_remember.adapters.cli_common import Choices
 from vision_remember.adapters.cli_load import attach
+from vision_remember.adapters.weight_names import weight_names
 
 
 def serve(model: str, choices: Choices, arguments: Sequence[str]) -> None:

@@ -41,10 +41,12 @@ def evaluate(
 
     Raises:
         FileNotFoundError: local data are not there.
+        ConnectionError: a task's data are neither in the cache nor to be had.
         ValueError: a limit that cannot be.
     """
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
+    from tenacity import RetryError
 
     benchmarks = list(benchmarks)
     _check_limit(limit, benchmarks)
@@ -58,19 +60,27 @@ def evaluate(
     )
     records = getattr(model, "records", {})
     records.clear()
-    results = simple_evaluate(
-        model=model,
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-        bootstrap_iters=0,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-        # without these two the tasks write into the current folder, and decode every picture again to score
-        cli_args=argparse.Namespace(output_path=str(folder), process_with_media=False),
-    )
+    try:
+        results = simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=0,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            # without these two the tasks write into the current folder, and decode every picture again to score
+            cli_args=argparse.Namespace(output_path=str(folder), process_with_media=False),
+        )
+    except RetryError as error:
+        if isinstance(cause := error.last_attempt.exception(), OSError):
+            raise ConnectionError(
+                f"{', '.join(tasks)}: lmms-eval could not load the data of one of them ({cause}); --data FOLDER reads "
+                "local files"
+            ) from error
+        raise
     if results is None:
         return None
     settings = model.settings() if hasattr(model, "settings") else {"model_class": type(model).__name__}

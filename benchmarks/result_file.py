@@ -159,7 +159,10 @@ def read(file: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it is none of this format.
     """
-    report = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{file}: expected a result file, which is JSON: {error}") from error
     found = report.get("format") if isinstance(report, dict) else None
     if found != FORMAT:
         raise ValueError(f"{file}: expected a result file with format {FORMAT}, got {found!r}")

@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import NotASafetensorsRepoError
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -19,6 +21,7 @@ from tests.processors import llava_processor
 from vision_remember import adapters, attach_vision_remember, compress_projector
 from vision_remember.adapters.cli import app
 from vision_remember.adapters.skeleton import build_skeleton
+from vision_remember.adapters.weight_names import weight_names
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("inspect", "report", "export", "serve", "demo", "train", "bench", "eval")
@@ -112,8 +115,9 @@ def test_report_writes_the_page_and_the_numbers(saved: dict[str, Path], tmp_path
 
 
 def test_weights_of_blocks_inside_a_model_need_their_adapter(saved: dict[str, Path], tmp_path: Path) -> None:
-    """transformers alone would leave them out, and the page would show fresh blocks in their place."""
+    """transformers alone would leave them out; page, server and graphs would have fresh blocks in their place."""
     folder, page = shutil.copytree(saved["full"], tmp_path / "model"), tmp_path / "page.html"
+    graphs = ("export", folder, "--format", "torch", "--out", tmp_path / "graphs")
     model = build_llava()
     attach_vision_remember(model, [1, 3])
     model.save_pretrained(folder)
@@ -121,8 +125,26 @@ def test_weights_of_blocks_inside_a_model_need_their_adapter(saved: dict[str, Pa
     assert "weights of Vision Remember" in run(*arguments, "--layers", "1,3", code=2).stderr
     assert not page.exists()
     assert "weights of Vision Remember" in run("serve", folder, "--layers", "1,3", code=2).stderr
+    assert "weights of Vision Remember" in run(*graphs, "--layers", "1,3", code=2).stderr
+    assert not (tmp_path / "graphs").exists()
     run(*arguments, "--adapter", saved["adapter"])
     assert page.exists()
+    run(*graphs, "--adapter", saved["adapter"])
+
+
+def test_names_of_weights_on_the_hub_come_without_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def header(self: Any, name: str, revision: str | None = None) -> SimpleNamespace:
+        asked.append((name, revision))
+        if name == "owner/private":
+            raise NotASafetensorsRepoError(name)
+        return SimpleNamespace(weight_map={"model.norm.weight": "model.safetensors"})
+
+    monkeypatch.setattr("huggingface_hub.HfApi.get_safetensors_metadata", header)
+    assert weight_names("owner/model", "v1") == ["model.norm.weight"]
+    assert weight_names("owner/private") == []
+    assert asked == [("owner/model", "v1"), ("owner/private", None)]
 
 
 @pytest.mark.parametrize(("form", "suffix"), [("onnx", "onnx"), ("torch", "pt2")])
@@ -170,7 +192,7 @@ def test_export_of_untrained_blocks_is_checked_with_random_weights(saved: dict[s
         (("report", "{bare}", "{picture}"), "has no processor"),
         (("report", "{full}", "{picture}", "--token", "1"), "expected a row and a column"),
         (("report", "{full}", "{picture}", "--dtype", "floaty"), "--dtype 'floaty'"),
-        (("report", "{full}", "{picture}", "--device", "abacus"), "--device 'abacus'"),
+        (("report", "{full}", "{picture}", "--device", "abacus"), "--device 'abacus': expected one that this machine"),
         (("export", "{bare}", "--format", "tflite"), "expected onnx or torch"),
         (("export", "{bare}", "--tokens", "12"), "expected rows x columns"),
         (("bench", "sped"), "expected 'speed' or 'proof'"),

@@ -175,6 +175,13 @@ def test_a_file_can_be_checked_by_itself(folder: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == "2 good rows, 1 bad ones\n"
 
 
+def test_a_file_that_is_not_there_is_no_traceback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as info:
+        main([str(folder / "nowhere.json")])
+    assert info.value.code == 2
+    assert "nowhere.json: no such file of conversations" in capsys.readouterr().err
+
+
 def test_rendered_conversations_are_good_and_the_same_each_time(tmp_path: Path) -> None:
     files = [write_rendered(tmp_path / name, 12, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
     texts = [file.read_text() for file in files]

@@ -241,6 +241,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("faster_vlm", {"keep": 0}, "keep=0: expected a share of a tile's tokens between 0 and 1, or their number"),
     ("vision_zip", {"contextual": -1}, "contextual=-1"),
     ("prumerge", {"neighbours": -2}, "neighbours=-2: expected 0 or more"),
+    ("sparse_vlm", {"strength": 0}, r"strength=0: expected how much of \(tokens - rank\) is dropped, above 0 and up"),
+    ("sparse_vlm", {"clusters": 2}, "clusters=2: expected the number of clusters for each recycled token, above 0"),
     ("sparse_vlm", {"recycled": 1.0}, r"recycled=1\.0: expected a share of the dropped tokens"),
     ("tome", {"keep": 1.5}, r"keep=1\.5"),
     ("fast_v", {}, "did you mean 'fastv'"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from examples.train.tiny import build_tiny
 from tests.training_runs import BACKENDS, CONFIGS, flags, run, same, weights
 from vision_remember import load_vision_remember
 
+ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
@@ -172,8 +176,34 @@ def test_an_unknown_name_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text("model: tiny\nlearning_rat: 1.0\n")
     with pytest.raises(ValueError, match="learning_rat"):
         parse(["--config", str(tmp_path / "wrong.yaml")], TrainingArguments)
-    with pytest.raises(ValueError, match="--learning_rat"):
+    with pytest.raises(ValueError, match="unknown arguments --learning_rat 1: did you mean --learning_rate"):
         parse(["--model", "tiny", "--learning_rat", "1"], TrainingArguments)
+    with pytest.raises(FileNotFoundError, match=r"--config nowhere\.yaml: no such file"):
+        parse(["--config", "nowhere.yaml"], TrainingArguments)
+
+
+@pytest.mark.parametrize("traceback", [False, True])
+def test_a_mistake_is_one_line(traceback: bool, tmp_path: Path) -> None:
+    """And the whole story on request, as for `vision-remember`."""
+    words = ["--backend", "loop", "--model", "tinny", "--output_dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"VISION_REMEMBER_TRACEBACK": "1"} if traceback else {})}
+    run = subprocess.run(
+        [sys.executable, "-m", "examples.train", *words], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == (1 if traceback else 2)
+    assert "model=tinny: not 'tiny', and neither a folder nor a repository id (owner/name)" in run.stderr
+    assert ("Traceback" in run.stderr) == traceback
+
+
+def test_errors_of_others_keep_their_traceback() -> None:
+    def caught(code: str) -> ValueError:
+        with pytest.raises(ValueError, match=r"int|--config") as info:
+            exec(code, {"__name__": "somebody.else", "parse": parse, "kind": TrainingArguments})
+        return info.value
+
+    assert not command.told(caught("int('x')"))
+    assert command.told(caught("parse(['--model', 'tiny', '--config'], kind)"))
 
 
 def test_a_file_that_is_no_yaml_is_an_error(tmp_path: Path) -> None:

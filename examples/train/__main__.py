@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import sys
+import traceback
 
 BACKENDS = {"loop": "loop", "trainer": "with_trainer", "trl": "with_trl"}
 
@@ -38,5 +41,17 @@ def main(argv: list[str] | None = None) -> list[float]:
     return losses
 
 
+def told(error: Exception) -> bool:
+    """Whether an error is one of ours, whose message says what a user can mend: then no traceback is needed."""
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return innermost.f_globals["__name__"].startswith(("examples.", "vision_remember."))
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as mistake:
+        if os.environ.get("VISION_REMEMBER_TRACEBACK") or not told(mistake):
+            raise
+        print(f"Error: {mistake}", file=sys.stderr)
+        sys.exit(2)

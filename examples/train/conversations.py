@@ -288,7 +288,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", help="folder of the images; default: the file's own")
     options = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
-    conversations = Conversations(options.file, options.images, bad_rows="skip", check_images="decode")
+    try:
+        conversations = Conversations(options.file, options.images, bad_rows="skip", check_images="decode")
+    except (FileNotFoundError, BadRowError) as error:
+        parser.error(str(error))
     print(f"{len(conversations)} good rows, {len(conversations.problems)} bad ones")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,9 +79,10 @@ def parse(argv: list[str] | None, kind: type[Arguments], **defaults: Any) -> tup
         **defaults: of the arguments, in place of the library's own.
 
     Raises:
-        ValueError: a YAML file that cannot be read, an unknown name in it, or options that exclude each other.
+        ValueError: a YAML file that cannot be read, an unknown name in it or among the flags, or options that exclude
+            each other.
         FileNotFoundError: a YAML file or a chat template that is not there.
-        SystemExit: an unknown flag, or a value of another type.
+        SystemExit: a value of another type.
     """
     parser = TrlParser([Options, kind], allow_abbrev=False)  # type: ignore[list-item]
     parser.set_defaults(remove_unused_columns=False, **defaults)
@@ -88,10 +90,17 @@ def parse(argv: list[str] | None, kind: type[Arguments], **defaults: Any) -> tup
     if given[-1:] == ["--config"]:
         raise ValueError("--config: expected a YAML file behind it")
     config = Path(given[given.index("--config") + 1]) if "--config" in given else None
+    if config is not None and not config.is_file():
+        raise FileNotFoundError(f"--config {config}: no such file")
     try:
-        options, arguments = parser.parse_args_and_config(given)
+        options, arguments, unknown = parser.parse_args_and_config(given, return_remaining_strings=True)
     except yaml.YAMLError as error:
         raise ValueError(f"--config {config}: this is no YAML: {error}") from error
+    if unknown:
+        names = [*Options.__dataclass_fields__, *kind.__dataclass_fields__]
+        close = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], names, n=1)
+        hint = f"did you mean --{close[0]}? " if close else ""
+        raise ValueError(f"unknown arguments {' '.join(map(str, unknown))}: {hint}--help lists them all")
     if options.chat_template is not None:
         options.chat_template = str(_template(Path(options.chat_template), config))
     if arguments.save_total_limit == 1:

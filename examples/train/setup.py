@@ -53,7 +53,7 @@ def prepare(options: Options, args: TrainingArguments) -> Run:
 
     Raises:
         ValueError: options that do not fit each other, the data or the model.
-        FileNotFoundError: data, images, or a checkpoint that is not there.
+        FileNotFoundError: data, images, a model or a checkpoint that is not there.
     """
     logging.basicConfig(format="%(levelname)s %(message)s")
     checkpoint = _checkpoint(options, args)
@@ -141,6 +141,10 @@ def _model(options: Options, seed: int) -> tuple[PreTrainedModel, Any]:
         )
         return built.model, built.processor
     assert options.model is not None
+    if not Path(options.model).is_dir() and options.model.count("/") != 1:
+        raise FileNotFoundError(
+            f"model={options.model}: not 'tiny', and neither a folder nor a repository id (owner/name)"
+        )
     if options.tiles:
         raise ValueError(f"tiles={options.tiles}: {options.model} cuts images up as it does; tiles go with vision=")
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)

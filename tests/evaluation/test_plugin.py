@@ -272,11 +272,23 @@ def test_blocks_can_be_left_out_of_an_adapter(saved: tuple[Path, Path, list[str]
         ("pretrained=x", {"batch_size": "auto"}, "batch_size='auto': expected a whole number above 0"),
         ("pretrained=x", {"batch_size": 0}, "batch_size=0: expected a whole number"),
         ("pretrained=x", {"max_batch_size": 8}, "max_batch_size=8: there is no search"),
+        ("pretrained=x,max_new_tokens=0", {}, "max_new_tokens=0: expected a whole number above 0"),
+        (
+            "pretrained=x,chat_template=no.jinja",
+            {},
+            "chat_template='no.jinja': neither a file nor a template, which has {{",
+        ),
+        ("pretrained=x,device=abacus", {}, "device 'abacus': expected one that this machine has"),
     ],
 )
 def test_bad_arguments_are_named(arguments: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LmmsEvalModel.create_from_arg_string(arguments, options)
+
+
+def test_a_folder_that_is_not_there_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere is neither a folder nor a repository id \(owner/name\)"):
+        LmmsEvalModel("nowhere")
 
 
 def test_a_model_in_memory_needs_its_processor(small: Any) -> None:

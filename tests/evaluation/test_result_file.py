@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tenacity
 import torch
 
 from benchmarks import evaluation, result_file
@@ -175,6 +176,9 @@ def test_a_result_file_is_not_replaced_by_accident(
         (["--limit", "3"], "limit=3: MME-P is scored in pairs of questions"),
         (["--baseline", "{folder}/nothing.json"], "nothing.json"),
         (["--baseline", "{folder}/base/config.json"], "expected a result file with format 1, got None"),
+        (["--baseline", "{folder}/base/model.safetensors"], "model.safetensors: expected a result file, which is JSON"),
+        (["--pretrained", "nowhere"], "nowhere is neither a folder nor a repository id"),
+        (["--device", "abacus"], "device 'abacus': expected one that this machine has"),
         (["--no-blocks"], "blocks=False: there is no adapter whose blocks could be left out"),
         (["--dtype", "int4"], "dtype='int4': expected auto, float32"),
     ],
@@ -186,6 +190,21 @@ def test_mistakes_are_found_before_the_model_runs(
     assert command(folder, tmp_path / "new.json", *given) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new.json").exists()
+
+
+def test_data_that_cannot_be_had_are_an_error_with_a_way_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_network(*args: Any, **options: Any) -> None:
+        attempt = tenacity.Future(1)
+        attempt.set_exception(ConnectionError("the hub is out of reach"))
+        raise tenacity.RetryError(attempt)
+
+    monkeypatch.setattr("lmms_eval.evaluator.simple_evaluate", without_network)
+    assert command(folder, tmp_path / "new.json", "--tasks", "GQA,TextVQA") == 2
+    error = capsys.readouterr().err
+    assert "gqa_local, textvqa_val_local: lmms-eval could not load the data" in error
+    assert "(the hub is out of reach); --data FOLDER reads local files" in error
 
 
 def test_no_number_that_is_none_is_written(tmp_path: Path) -> None:

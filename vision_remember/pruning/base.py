@@ -204,10 +204,10 @@ def tokens_kept(keep: float, tokens: int, name: str = "keep") -> int:
     return count
 
 
-def check_share(name: str, value: Any) -> None:
-    """Raises ValueError unless it is a share of the tokens, above 0 and up to 1."""
+def check_share(name: str, value: Any, meaning: str = "the share of vision tokens that stay") -> None:
+    """Raises ValueError, which says what was expected, unless it is a number above 0 and up to 1."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"{name}={value!r}: expected the share of vision tokens that stay, above 0 and up to 1")
+        raise ValueError(f"{name}={value!r}: expected {meaning}, above 0 and up to 1")
 
 
 def check_number(name: str, value: Any) -> None:

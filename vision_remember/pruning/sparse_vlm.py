@@ -51,8 +51,8 @@ class SparseVLM(DecoderPruner):
     source: ClassVar[str] = "arXiv 2410.04417"
 
     def __post_init__(self) -> None:
-        check_share("strength", self.strength)
-        check_share("clusters", self.clusters)
+        check_share("strength", self.strength, "how much of (tokens - rank) is dropped")
+        check_share("clusters", self.clusters, "the number of clusters for each recycled token")
         if not 0 <= self.recycled < 1:
             raise ValueError(f"recycled={self.recycled!r}: expected a share of the dropped tokens from 0, below 1")
 
