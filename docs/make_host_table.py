@@ -111,12 +111,13 @@ def tables(progress: Callable[[str], None] = lambda model_type: None) -> str:
     supported = rows(SUPPORTED, supported_row)
     refused = rows(list(REFUSED), refused_row)
     columns = ["class", "model type", "spec", "encoder", "cell order", "a token is", "saliency", "decoder", "checks"]
-    timm = ", ".join(f"`{CLASSES[name]}`" for name in NEEDS_TIMM)
+    tried = ", ".join(f"`{CLASSES[name]}`" for name in WITH_TIMM)
+    untried = ", ".join(f"`{CLASSES[name]}`" for name in NEEDS_TIMM if name not in WITH_TIMM)
     return "\n\n".join(
         [
             f"Made with {versions()}. Of {len(CLASSES)} model types ({len(set(CLASSES.values()))} classes) "
-            f"{len(supported)} are supported, {len(refused)} are not; {len(NEEDS_TIMM)} need timm and are tried apart: "
-            f"{timm}.",
+            f"{len(supported)} are supported, {len(refused)} are not; {len(NEEDS_TIMM)} need timm: {tried} are "
+            f"supported and tried apart, {untried} is not tried.",
             "## Supported",
             markdown(columns, supported),
             "## Not supported",

@@ -118,7 +118,7 @@ def test_a_copy_is_a_model_of_its_own() -> None:
 
 
 def test_a_pickled_model_comes_back_attached() -> None:
-    model = attached()  # before any forward: afterwards no transformers model can be pickled, attached or not
+    model = attached()  # before any forward: afterwards a LLaVA cannot be pickled, attached or not
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)

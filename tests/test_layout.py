@@ -270,6 +270,13 @@ def test_recalling_nothing_changes_nothing_but_the_blocks_parameters_take_part()
     assert not [name for name, parameter in block.named_parameters() if parameter.grad is None]
 
 
+def test_several_streams_of_hidden_states_are_an_error() -> None:
+    """As the decoder of Gemma 3n hands them on."""
+    streams = torch.zeros(4, B, S, D)
+    with pytest.raises(ValueError, match=r"hidden states have shape \(4, 2, 11, 5\), expected \(B, S, D\)"):
+        memory().recall_images([], torch.zeros(B, S, dtype=torch.bool)).through(add_features, streams)
+
+
 @pytest.mark.parametrize("data", [WHOLE, memory(), IMAGES[0]], ids=lambda data: type(data).__name__)
 def test_what_a_call_carries_is_frozen(data: Any) -> None:
     for field in dataclasses.fields(data):

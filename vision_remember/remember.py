@@ -1,4 +1,4 @@
-"""The block: vision tokens are normalised, re-read the features, and the update is added (Vision Remember, eq. 4)."""
+"""The block: vision tokens are normalised, re-read features, and the update is added (Vision Remember, section 4.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SELA, saliency-enhancing local attention: each token re-reads the cells under it (Vision Remember, section 4.3)."""
+"""SELA, saliency-enhancing local attention: each token re-reads the cells under it (Vision Remember, section 4.2)."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def local_attention(
     bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Cross-attention in which each block of queries sees only the cells under it (Vision Remember, section 4.3).
+    """Cross-attention in which each block of queries sees only the cells under it (Vision Remember, section 4.2).
 
     The query grid is cut into ``window x window`` blocks from the top left; the last block of a row or column may be
     smaller. All queries of a block share one region: for a block that starts at query row ``i`` the key rows

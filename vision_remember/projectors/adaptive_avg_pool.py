@@ -1,4 +1,4 @@
-"""Adaptive average pooling, then an MLP: the projector of the paper (section 4.1) and of DeCo."""
+"""Adaptive average pooling, then an MLP: the projector of the paper (section 4.4) and of DeCo."""
 
 from __future__ import annotations
 
