@@ -146,7 +146,9 @@ def test_each_interaction_takes_the_rate_that_validation_prefers(path: Path) -> 
 def test_a_better_default_is_what_validation_prefers(path: Path) -> None:
     single = next(arm.name for arm in searched_arms(4) if len(arm.layers) == 1)
     assert [arm.name for arm in chosen_arms(LEVEL, path)] == [SEARCH_WINNER, single]
-    assert [arm.name for arm in suite_arms("search", LEVEL, path)][-2:] == [SEARCH_WINNER, single]
+    names = [arm.name for arm in suite_arms("search", LEVEL, path)]
+    assert names[-1] == SEARCH_WINNER
+    assert names.count(single) == 1  # it is run in any case
     rows = search_rows(Results(path, LEVEL))
     assert [cells(row)[0] for row in rows[2:]] == [arm.name for arm in searched_arms(4)]
     lines = read_lines(path)

@@ -153,7 +153,7 @@ def suite_arms(name: str, level: Level, results: Path) -> list[ArmSpec]:
     """A suite's arms, with those that its own choices lead to."""
     if name == "table4b":
         return tuned_arms(level, results)
-    return [*SUITES[name], *(chosen_arms(level, results) if name == "search" else ())]
+    return distinct([*SUITES[name], *chosen_arms(level, results)]) if name == "search" else SUITES[name]
 
 
 def chosen_arms(level: Level, results: Path) -> list[ArmSpec]:
