@@ -161,6 +161,20 @@ def test_a_better_default_is_what_validation_prefers(path: Path) -> None:
     assert best_of_no_more.name != SEARCH_WINNER
 
 
+def test_the_group_that_judges_a_default_does_not_choose_it(path: Path) -> None:
+    """An arm that reads OCR & Chart alone is not chosen; one that reads all else is."""
+    lines = read_lines(path)
+    bad, good = (arm.name for arm in searched_arms(4)[3:5])
+    for one in lines:
+        for task, group in GROUPS.items() if one["seed"] == TUNING_SEED else ():
+            if one["arm"] in (bad, good):
+                one["curve"]["validation"][-1][task] = float((group == DETAIL) == (one["arm"] == bad))
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    names = [arm.name for arm in chosen_arms(LEVEL, path)]
+    assert good in names
+    assert bad not in names
+
+
 def test_every_interaction_is_tuned_alike() -> None:
     for name in BEST:
         arms = tuning_arms(name, LEVEL)

@@ -22,8 +22,10 @@ from tqdm import tqdm
 import vision_remember
 
 from .arms import ArmSpec
+from .claims import DETAIL
 from .insight import look_inside
 from .levels import Level
+from .pages import task_groups
 from .prepare import Workshop, prepare, stage
 from .rivals import pruned
 from .suites import (
@@ -157,7 +159,7 @@ def suite_arms(name: str, level: Level, results: Path) -> list[ArmSpec]:
 
 
 def chosen_arms(level: Level, results: Path) -> list[ArmSpec]:
-    """What did best on the validation pages at each ratio: of all, of what adds no parameters, of single blocks."""
+    """What did best at each ratio, as `choosing_mean` says: of all, of what adds no parameters, of single blocks."""
     lines = {line["key"]: line for line in read_lines(results)}
     arms: list[ArmSpec] = []
     for ratio in SEARCHED_RATIOS:
@@ -167,7 +169,7 @@ def chosen_arms(level: Level, results: Path) -> list[ArmSpec]:
             size = known[0][1]["parameters"]["blocks"]
             small = [(arm, line) for arm, line in known if line["parameters"]["blocks"] <= size]
             single = [(arm, line) for arm, line in known if len(arm.layers) == 1]
-            arms += [max(some, key=lambda run: validation_mean(run[1]))[0] for some in (known, small, single) if some]
+            arms += [max(some, key=lambda run: choosing_mean(run[1]))[0] for some in (known, small, single) if some]
     return distinct(arms)
 
 
@@ -188,6 +190,12 @@ def tuned_arms(level: Level, results: Path) -> list[ArmSpec]:
 def validation_mean(line: Mapping[str, Any]) -> float:
     """Mean over tasks of the last validation accuracy of a run."""
     return statistics.fmean(line["curve"]["validation"][-1].values())
+
+
+def choosing_mean(line: Mapping[str, Any]) -> float:
+    """The last validation accuracy of a run on the tasks of other groups than the one that a default is judged by."""
+    last = line["curve"]["validation"][-1]
+    return statistics.fmean(last[task] for task, group in task_groups(list(last)).items() if group != DETAIL)
 
 
 def _run_jobs(wanted: Sequence[Job], level: Level, folder: Path, results: Path, pool: Executor) -> None:
