@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests.reference import visible_cells
 from vision_remember import SELA
 from vision_remember.grid import Grid
+from vision_remember.interactions.parts import head_count
 from vision_remember.ops import BACKENDS
 
 D, C = 16, 24
@@ -222,6 +223,12 @@ def test_feature_norm_is_blind_to_scale(feature_norm: Any, factors: list[float],
 def test_the_joint_norm_has_no_weights() -> None:
     names = dict(sela(feature_norm="joint").named_parameters())
     assert not any("norm" in name for name in names)
+
+
+def test_the_search_for_heads_ends_at_any_width() -> None:
+    """Adapter files from strangers may ask for any: here a prime of 19 digits, and as many powers of two."""
+    assert head_count(None, 2**61 - 1, 4) == 1
+    assert head_count(None, 2**62, 2**63) == 2**62 // 64
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 _MAX_DEFAULT_WIDTH = 1024
 _NARROWEST_DEFAULT_HEAD = 8
+_LARGEST_SEARCHED = 1 << 16
 
 
 def attention_width(attn_dim: int | Literal["features"] | None, query_dim: int, feature_dim: int) -> int:
@@ -29,12 +30,12 @@ def head_count(num_heads: int | None, width: int, wanted: int = 1) -> int:
         ValueError: the heads do not divide the width.
     """
     if num_heads is None:
-        num_heads = max(1, width // (64 if width >= 512 else 16))
-        while width % num_heads:
-            num_heads -= 1
-        enough = [n for n in range(wanted, width // _NARROWEST_DEFAULT_HEAD + 1) if width % n == 0]
-        if num_heads < wanted and enough:
-            num_heads = enough[0]
+        most = min(width, _LARGEST_SEARCHED)  # a file may ask for any width, and a search has to end
+        widths = range(64 if width >= 512 else 16, most + 1)
+        num_heads = width // next((channels for channels in widths if width % channels == 0), width)
+        if num_heads < wanted:
+            counts = range(wanted, min(width // _NARROWEST_DEFAULT_HEAD, _LARGEST_SEARCHED) + 1)
+            num_heads = next((count for count in counts if width % count == 0), num_heads)
     if num_heads < 1 or width % num_heads:
         raise ValueError(f"num_heads={num_heads} must divide the attention width {width}")
     return num_heads
