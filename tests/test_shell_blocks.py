@@ -150,7 +150,9 @@ def read_script(run: Callable[[], Any], arguments: list[str]) -> None:
 
     def stop(read: Callable[..., Any]) -> Callable[..., Any]:
         def reading(*given: Any, **options: Any) -> Any:
-            read(*given, **options)
+            taken = read(*given, **options)
+            if options.get("return_remaining_strings") and taken[-1]:
+                raise RefusedError(f"arguments that no one knows: {taken[-1]}")  # the script says so behind this point
             raise ReachedError
 
         return reading
