@@ -50,7 +50,8 @@ def small_model(*, compressed: bool = True, remember: bool = True) -> tuple[Any,
     if compressed:
         compress_projector(model, reader, "adaptive_avg_pool", ratio=4)
     if remember:
-        randomise(attach_vision_remember(model, layers=[1, 2], levels=[2, 4]), std=1.0)
+        # with these weights the answers to most images have letters, and several
+        randomise(attach_vision_remember(model, layers=[1, 2], levels=[2, 4]), std=1.0, seed=7)
     return model, reader
 
 

@@ -152,7 +152,7 @@ def test_an_answer_ends_at_its_end_token(small: Any) -> None:
 def test_stop_strings_cut_the_answer(small: Any, stop: str) -> None:
     lm = plugged(*small)
     (whole,) = lm.generate_until([request(0)])
-    letter = whole.text[3]
+    letter = whole.text[2]
     until = letter if stop == "string" else ["\n\n", letter]
     (cut,) = lm.generate_until([request(0, {**GREEDY, "until": until})])
     assert cut.text == whole.text[: whole.text.index(letter)]
