@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from vision_remember.adapters.attachment import NAME
+from vision_remember.adapters.repo_id import is_repo_id
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,7 +47,7 @@ def load_base_model(
         raise ValueError(f"device={device!r} and device_map={device_map!r}: expected at most one of them")
     if device is not None:
         check_device(device)
-    if not os.path.isdir(name) and name.count("/") != 1:
+    if not os.path.isdir(name) and not is_repo_id(name):
         raise FileNotFoundError(f"{name} is neither a folder nor a repository id (owner/name)")
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -92,5 +93,11 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises them all
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device {device!r}: expected one that this machine has, such as cpu: {reason}") from error
+        raise ValueError(
+            f"device {device!r}: expected one that this machine has, such as cpu: {first_line(error)}"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, for a message of one line."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

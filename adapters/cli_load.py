@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vision_remember.adapters.attach import attach_vision_remember
-from vision_remember.adapters.base_model import DTYPES, check_device, load_base_model
+from vision_remember.adapters.base_model import DTYPES, check_device, first_line, load_base_model
 from vision_remember.adapters.checkpoint import read_adapter
 from vision_remember.adapters.cli_common import Choices, say
 from vision_remember.adapters.compress import compress_projector
@@ -37,7 +37,7 @@ def load_config(name: str, revision: str | None) -> Any:
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except OSError as error:
-        raise ValueError(f"{name}: {_first_line(error)}") from error
+        raise ValueError(f"{name}: {first_line(error)}") from error
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ValueError(f"{name} is a {config.model_type!r}, which is no image-text-to-text model of transformers")
     return config
@@ -80,7 +80,7 @@ def load_processor(name: str, revision: str | None) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name} has no processor that can be loaded: {_first_line(error)}") from error
+        raise ValueError(f"{name} has no processor that can be loaded: {first_line(error)}") from error
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"{name} has no image processor, only a {type(processor).__name__}")
     return processor
@@ -97,7 +97,7 @@ def load_picture(path: Path) -> Any:
     try:
         return Image.open(path).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path} is no picture that can be read: {_first_line(error)}") from error
+        raise ValueError(f"{path} is no picture that can be read: {first_line(error)}") from error
 
 
 def attach(model: Any, processor: Any, choices: Choices, spec: MLLMSpec | None = None) -> VisionRememberHandle:
@@ -144,10 +144,6 @@ def attached_skeleton(name: str, revision: str | None, choices: Choices) -> tupl
 
 def _is_path(name: str) -> bool:
     return Path(name).is_dir() or name.startswith((".", "/")) or name.count("/") > 1
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _quiet() -> None:

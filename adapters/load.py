@@ -21,6 +21,7 @@ from vision_remember.adapters.checkpoint import (
 from vision_remember.adapters.compress import compress_projector
 from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.rehearsal import rehearse
+from vision_remember.adapters.repo_id import is_repo_id
 from vision_remember.adapters.resolve import resolve, trained_copy, unwrapped
 from vision_remember.adapters.sharding import class_name
 from vision_remember.adapters.share import fetch_adapter
@@ -119,6 +120,6 @@ def adapter_folder(dir_or_repo: str | os.PathLike[str], revision: str | None = N
             raise ValueError(f"revision={revision!r}: {path} is a folder, which has no revisions")
         return path
     name = os.fspath(dir_or_repo)
-    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+    if not is_repo_id(name):
         raise FileNotFoundError(f"{name} is neither a folder nor a repository id (owner/name)")
     return fetch_adapter(name, revision)

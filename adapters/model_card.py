@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vision_remember.adapters.repo_id import is_repo_id
+
 _TEMPLATE = """---
 library_name: vision-remember
 tags:
@@ -42,7 +44,7 @@ def model_card(description: dict[str, Any], tensors: dict[str, Tensor], shown_as
     base, config, projector = description["base"], description["config"], description["projector"]
     name = base["name_or_path"]
     # The hub knows repository ids only; a local path would be a broken link there.
-    is_repo = name is not None and name.count("/") == 1 and not name.startswith((".", "/"))
+    is_repo = name is not None and is_repo_id(name)
     return _TEMPLATE.format(
         base_model=f"\nbase_model: {name}" if is_repo else "",
         folder=shown_as or "path/to/this/folder",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vision_remember.adapters.attachment import Attachment
 from vision_remember.adapters.checkpoint import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, save_adapter
+from vision_remember.adapters.repo_id import is_repo_id
 from vision_remember.adapters.resolve import HostParts
 
 # huggingface_hub is imported where it is used: slow to import, and seldom needed.
@@ -88,6 +89,6 @@ def checked_repo_id(name: str) -> str:
     Raises:
         ValueError: it is something else, a path for instance.
     """
-    if not isinstance(name, str) or name.startswith((".", "/")) or name.count("/") != 1:
+    if not isinstance(name, str) or not is_repo_id(name):
         raise ValueError(f"repo_id={name!r}: expected 'owner/name'")
     return name

@@ -22,11 +22,10 @@ from .statistics import Mean, compared, mean_of, recovered
 from .suites import (
     INTERACTION_NAMES,
     RATIOS,
-    SEARCHED_RATIOS,
+    SEARCHED,
     SUITES,
     TUNING_FACTORS,
     TUNING_SEED,
-    searched_arms,
     tuning_arms,
 )
 from .times import absorbed_name, times_file
@@ -237,7 +236,7 @@ def search_rows(results: Results) -> list[str]:
     """Validation accuracy of everything that was tried for the default, on the seed that is for choices."""
     known = {line["key"]: line for line in results.lines}
     rows = [["tried", f"validation, {DETAIL}", "validation, the other groups, which choose"], ["---"] * 3]
-    for arm in (arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio)):
+    for arm in SEARCHED:
         line = known.get(Job(arm, TUNING_SEED).key(results.level))
         if line is not None:
             last = line["curve"]["validation"][-1]

@@ -30,6 +30,7 @@ from .prepare import Workshop, prepare, stage
 from .rivals import pruned
 from .suites import (
     INTERACTION_NAMES,
+    SEARCHED,
     SEARCHED_RATIOS,
     SUITES,
     TUNING_SEED,
@@ -120,7 +121,7 @@ def choice_arms(name: str, level: Level) -> list[ArmSpec]:
     """What a suite tries with `TUNING_SEED` before it chooses some of its arms."""
     if name == "table4b":
         return [arm for interaction in INTERACTION_NAMES for arm in tuning_arms(interaction, level)]
-    return [arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio)] if name == "search" else []
+    return SEARCHED if name == "search" else []
 
 
 def note_stages(workshop: Workshop, sides: Iterable[int], path: Path) -> dict[str, Any]:

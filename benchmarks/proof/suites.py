@@ -133,6 +133,7 @@ def searched_arms(ratio: int) -> list[ArmSpec]:
     ]
 
 
+SEARCHED = [arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio)]
 SUITES = {
     "table2": _table2(),
     "table4a": _table4a(),
@@ -143,7 +144,7 @@ SUITES = {
     "rivals": _rivals(),
     "search": [
         *_table5a()[:5],
-        *(arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio) if arm.overrides == _BOOST),
+        *(arm for arm in SEARCHED if arm.overrides == _BOOST),
     ],
 }
 """Arms by suite. Those of table 4b take the learning rate that their own tuning chose; to those of "search" come the

@@ -24,7 +24,7 @@ from .prepare import Workshop
 from .prompts import prompts
 from .rivals import RIVALS, pruning
 from .runner import versions
-from .suites import POOLED, RATIOS, SEARCHED_RATIOS, SUITES, distinct, remember, searched_arms
+from .suites import POOLED, RATIOS, SEARCHED, SUITES, distinct, remember
 from .train import Set, World, arm_logits
 from .words import Streams
 
@@ -100,8 +100,7 @@ def absorbed(spec: ArmSpec) -> ArmSpec:
 
 def _timed(world: World) -> list[ArmSpec]:
     specs = [POOLED, *(arm for arms in SUITES.values() for arm in arms)]
-    searched = [arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio)]
-    specs += [*searched, *map(absorbed, [*map(remember, RATIOS), *searched])]
+    specs += [*SEARCHED, *map(absorbed, [*map(remember, RATIOS), *SEARCHED])]
     return [spec for spec in distinct(specs) if spec.cells in world.pretrained]
 
 

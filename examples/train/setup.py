@@ -20,6 +20,7 @@ from vision_remember import attach_vision_remember, build_llava_vr, compress_pro
 from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.load import restore_vision_remember
+from vision_remember.adapters.repo_id import is_repo_id
 from vision_remember.adapters.trainer import ADAPTER_FOLDER
 
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -141,7 +142,7 @@ def _model(options: Options, seed: int) -> tuple[PreTrainedModel, Any]:
         )
         return built.model, built.processor
     assert options.model is not None
-    if not Path(options.model).is_dir() and options.model.count("/") != 1:
+    if not Path(options.model).is_dir() and not is_repo_id(options.model):
         raise FileNotFoundError(
             f"model={options.model}: not 'tiny', and neither a folder nor a repository id (owner/name)"
         )

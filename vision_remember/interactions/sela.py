@@ -41,8 +41,7 @@ class SELA(CrossAttention):
         window: side k of the block of tokens that share a region; 1 gives every token its own.
         position: a learned bias per head for the place of a cell inside the region. "specialised" starts each head on
             a cell of its own, with 87 % of its weight: a start without a preference averages the region and was seen
-            to stay there. "learned"
-            starts near zero. "none" is the paper's text, which mentions no bias.
+            to stay there. "learned" starts near zero. "none" is the paper's text, which mentions no bias.
         cells: cells per token (rows, columns) that the position table is laid out for; other regions interpolate it.
             "specialised" needs at least rows * columns heads to cover each cell.
         num_levels: encoder levels in the features, all of one width.
