@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.launches import Launches, counted, fake, moved
 from vision_remember import VisionRemember
@@ -246,10 +247,37 @@ def test_compiled_blocks_take_16_kernels() -> None:
     assert len(calls) <= 16, calls
 
 
+@pytest.mark.parametrize("interaction", ["sela", "global", "deformable", "deepstack"])
+def test_no_tensor_is_made_of_numbers_that_a_gpu_would_have_to_be_sent(interaction: str) -> None:
+    made: list[str] = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    run = remembering(
+        lambda *shape, dtype=torch.float32: torch.ones(*shape, dtype=dtype),
+        [VisionRemember(D, 3 * LEVEL, num_levels=3, interaction=interaction).eval() for _ in range(2)],
+        (2, 3),
+        (4, 6),
+        tiles=57,  # all positions, since all are placeholders here
+    )
+    with Made():
+        torch.ones(1).new_tensor([1.0, 2.0])
+        assert "aten.lift_fresh.default" in made, "what the operator is called"
+        made.clear()
+        with torch.no_grad():
+            run()
+    assert "aten.mm.default" in made or "aten.addmm.default" in made
+    assert "aten.lift_fresh.default" not in made
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_nothing_waits_for_the_gpu() -> None:
-    blocks = [block.cuda() for block in two_blocks(zero_init=False)]
+@pytest.mark.parametrize("interaction", ["sela", "global", "deformable", "deepstack"])
+def test_nothing_waits_for_the_gpu(interaction: str) -> None:
+    blocks = [block.cuda() for block in two_blocks(zero_init=False, interaction=interaction)]
     lay_weights_side_by_side(blocks)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

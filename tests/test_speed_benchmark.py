@@ -32,7 +32,7 @@ def _threads_as_before():  # type: ignore[no-untyped-def]
 def test_every_suite_writes_ratios_to_its_first_candidate(suite: str, tmp_path: Path) -> None:
     main(["--suite", suite, "--small", "--repeats", "2", "--output", str(tmp_path)])
     written = json.loads((tmp_path / f"speed_cpu_{suite}.json").read_text())
-    assert written["plan"] == {"device": "cpu", "repeats": 2, "small": True, "seed": 0}
+    assert written["plan"] == {"device": "cpu", "repeats": 2, "small": True, "seed": 0, "graphs": False}
     assert written["torch"] == torch.__version__
     assert {"date", "transformers", "machine", "threads", "clock"} <= set(written)
     results = written["results"]
@@ -81,6 +81,7 @@ def test_the_peak_is_what_results_hold_at_once() -> None:
         (["--repeats", "0"], "--repeats 0: expected at least 1"),
         (["--threads", "0"], "--threads 0: expected at least 1"),
         (["--suite", "ttft", "--decoder", "Qwen3"], "invalid choice: 'Qwen3'"),
+        (["--graphs"], "--graphs: expected with --device cuda"),
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "this torch sees no CUDA device")]),
     ],
 )

@@ -25,7 +25,7 @@ def _case(plan: Plan, heads: int, width: int, queries: int, tokens: int, channel
     generator = torch.Generator(plan.device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=plan.device, generator=generator)
+        return torch.randn(*shape, device=plan.device, generator=generator, dtype=plan.dtype)
 
     regions, cells = tokens // queries, 4 * queries
     query = draw(regions, queries, heads, width).transpose(1, 2)
@@ -43,6 +43,7 @@ def _case(plan: Plan, heads: int, width: int, queries: int, tokens: int, channel
     def absorbing() -> Tensor:
         return absorbed_attention(query, levels, key, value, saliency=saliency, bias=bias)
 
-    torch.testing.assert_close(absorbing(), projecting(), rtol=1e-3, atol=1e-3)
+    close = 1e-3 if plan.dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(absorbing(), projecting(), rtol=close, atol=close)
     case = f"{heads} heads of {width}, {queries} queries"
     return measure(plan, case, {"projecting": projecting, "absorbing": absorbing})

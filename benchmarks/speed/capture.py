@@ -17,9 +17,9 @@ def run(plan: Plan) -> list[Result]:
     """CLIP-L/14 at 336 pixels, one tile."""
     torch.manual_seed(0)
     config = encoder_config(plan.small)
-    encoder = hf.CLIPVisionModel(config).to(plan.device).eval()
-    pixels = torch.randn(1, 3, config.image_size, config.image_size, device=plan.device)
-    eager = hf.CLIPVisionModel._from_config(config, attn_implementation="eager").to(plan.device).eval()
+    encoder = hf.CLIPVisionModel(config).to(plan.device, plan.dtype).eval()
+    pixels = torch.randn(1, 3, config.image_size, config.image_size, device=plan.device, dtype=plan.dtype)
+    eager = hf.CLIPVisionModel._from_config(config, attn_implementation="eager").to(plan.device, plan.dtype).eval()
     eager.load_state_dict(encoder.state_dict())
 
     def captured(**options: Any) -> Callable[[], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import random
 import statistics
@@ -20,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 _WARM_UP = 2
+# A replay that ends sooner is timed several times in a row: a GPU's events tell half a microsecond.
+_SHORTEST_MS, _MOST_REPLAYS = 2.0, 100
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,20 @@ class Plan:
         repeats: interleaved repeats.
         small: miniature sizes, which show that a suite runs and nothing else.
         seed: of the order inside the repeats.
+        graphs: capture every candidate as a CUDA graph and time its replays: what a GPU computes, without the time that
+            a host takes to ask for it.
     """
 
     device: str = "cpu"
     repeats: int = 11
     small: bool = False
     seed: int = 0
+    graphs: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and features: what is usual on such a device."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
 
 
 class PeakBytes(TorchDispatchMode):
@@ -94,25 +105,27 @@ def measure(
     """Times the candidates; the first is what the others are compared with.
 
     On a CPU the clock is the process's CPU time, which other processes do not add to; on a GPU its own events, after
-    everything before has ended.
+    everything before has ended, around the call or around replays of its graph (`Plan.graphs`).
     """
     failures: dict[str, str] = {}
     peaks: dict[str, int] = {}
+    runs: dict[str, tuple[Callable[[], Any], int]] = {}
     for name, run in candidates.items():
         try:
             for _ in range(_WARM_UP):
                 run()
             peaks[name] = _peak(plan, run)
+            runs[name] = _replaying(run) if plan.graphs else (run, 1)
         except (NotImplementedError, RuntimeError, ImportError) as error:
             failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-    able = [name for name in candidates if name not in failures]
+    able = list(runs)
     times: dict[str, list[float]] = {name: [] for name in able}
     shuffle = random.Random(plan.seed).shuffle
     for _ in tqdm(range(repeats or plan.repeats), desc=case, leave=False):
         order = list(able)
         shuffle(order)
         for name in order:
-            times[name].append(_time(plan, candidates[name]))
+            times[name].append(_time(plan, *runs[name]))
     results = [_result(case, name, times[name], times[able[0]], peaks[name]) for name in able]
     return results + [Result(case, name, failure=failure) for name, failure in failures.items()]
 
@@ -127,19 +140,46 @@ def about(plan: Plan) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "machine": torch.cuda.get_device_name() if plan.device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
-        "clock": "CUDA events" if plan.device == "cuda" else "CPU time of the process",
+        "clock": _clock(plan),
     }
 
 
-def _time(plan: Plan, run: Callable[[], Any]) -> float:
-    if plan.device == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
+def _clock(plan: Plan) -> str:
+    if plan.device == "cpu":
+        return "CPU time of the process"
+    return "CUDA events around replays of a CUDA graph" if plan.graphs else "CUDA events"
+
+
+def _replaying(run: Callable[[], Any]) -> tuple[Callable[[], Any], int]:
+    """The replay of a CUDA graph of ``run``, and how many in a row are worth timing."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         run()
-        stop.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(stop)
+    graph.replay()
+    once = _cuda_time(graph.replay, 1)
+    return graph.replay, max(1, min(_MOST_REPLAYS, math.ceil(_SHORTEST_MS / max(once, 1e-3))))
+
+
+def _cuda_time(run: Callable[[], Any], times: int) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(times):
+        run()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / times
+
+
+def _time(plan: Plan, run: Callable[[], Any], times: int) -> float:
+    if plan.device == "cuda":
+        return _cuda_time(run, times)
     before = time.process_time_ns()
     run()
     return (time.process_time_ns() - before) / 1e6

@@ -27,6 +27,9 @@ def run(plan: Plan) -> list[Result]:
             results += _case(plan, side, 1, learning)
     for tiles in (2,) if plan.small else (5, 10):
         results += _case(plan, _SMALL[0] if plan.small else _SIDES[0], tiles, False)
+    if plan.device == "cuda" and not plan.small:  # a batch that fills a GPU
+        for learning in (False, True):
+            results += _case(plan, _SIDES[0], 40, learning)
     return results
 
 
@@ -36,7 +39,7 @@ def _case(plan: Plan, side: int, tiles: int, learning: bool) -> list[Result]:
 
     def draw(cells: int) -> Tensor:
         # Heads last but one in memory, as projections make them.
-        x = torch.randn(tiles, cells, _HEADS, _WIDTH, device=plan.device, generator=generator)
+        x = torch.randn(tiles, cells, _HEADS, _WIDTH, device=plan.device, generator=generator, dtype=plan.dtype)
         return x.transpose(1, 2).requires_grad_(learning)
 
     query, key, value = draw(side**2), draw(4 * side**2), draw(4 * side**2)
@@ -86,6 +89,7 @@ def _forms(
         mask = _mask(token_grid, key_grid, query.device)
         forms["masked SDPA"] = lambda: F.scaled_dot_product_attention(query, key, value, mask)
     if query.is_cuda:
+        forms["from the raster, with bias"] = lambda: local_attention(query, key, value, **grids, bias=bias)
         forms["FlexAttention"] = _flex(query, key, value, token_grid, key_grid)
     return forms
 

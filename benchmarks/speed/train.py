@@ -19,7 +19,7 @@ def run(plan: Plan) -> list[Result]:
     layers = None if plan.device == "cuda" or plan.small else _LAYERS_ON_CPU
     case = decoder if layers is None else f"{decoder}, {layers} layers of each tower"
     candidates = {
-        f"{name}{', checkpointed' if checkpointed else ''}": _step(decoder, plan.device, layers, options, checkpointed)
+        f"{name}{', checkpointed' if checkpointed else ''}": _step(decoder, plan, layers, options, checkpointed)
         for checkpointed in (False, True)
         for name, options in {"pooled": None, "SELA": {}, "SELA absorbed": {"absorb": True}}.items()
     }
@@ -27,9 +27,9 @@ def run(plan: Plan) -> list[Result]:
 
 
 def _step(
-    decoder: str, device: str, layers: int | None, options: dict[str, Any] | None, checkpointed: bool
+    decoder: str, plan: Plan, layers: int | None, options: dict[str, Any] | None, checkpointed: bool
 ) -> Callable[[], None]:
-    model = build(decoder, device, layers=layers)
+    model = build(decoder, plan.device, dtype=plan.dtype, layers=layers)
     compress_projector(model, None, "adaptive_avg_pool", ratio=4)
     model.requires_grad_(False)
     if options is not None:

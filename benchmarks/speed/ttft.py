@@ -1,4 +1,4 @@
-"""Time to first token through ``generate()``: encoder, projector, prefill and one token."""
+"""Time to first token through ``generate()``: encoder, projector, prefill and one token; the same as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from vision_remember.adapters.llava import LLAVA
 _ONE_TOKEN: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
 # Without what they say about unread encoder blocks, so that all of them run and nothing is saved.
 _WHOLE_ENCODER = replace(LLAVA, feature_levels=None)
+_TRITON, _BESIDE = "SELA by Triton kernels, whole encoder", "SELA on a side stream, whole encoder"
 
 
 def run(plan: Plan, decoders: tuple[str, ...] = (), names: tuple[str, ...] = ()) -> list[Result]:
     """Arms with 144 pooled tokens a tile against each other, against all 576, and against pruning these.
 
     Args:
-        plan: how to measure.
+        plan: how to measure. With CUDA graphs it is the forward pass alone, since ``generate()`` waits for the GPU.
         decoders: their names; none for the smallest.
         names: arms to measure beside the first; none for all.
 
@@ -31,22 +32,22 @@ def run(plan: Plan, decoders: tuple[str, ...] = (), names: tuple[str, ...] = ())
     """
     chosen = decoders or (("tiny",) if plan.small else ("Qwen2-0.5B",))
     tiles = (1, 5) if plan.device == "cuda" else (1,)
-    dtype = torch.bfloat16 if plan.device == "cuda" else torch.float32
     results = []
     for decoder in chosen:
-        base = build(decoder, plan.device, dtype=dtype)
-        arms = _arms(base)
+        base = build(decoder, plan.device, dtype=plan.dtype)
+        arms = _arms(base, plan)
         for name in names:
             if name not in arms:
                 raise ValueError(f"no arm {name!r}: there are {', '.join(arms)}")
         arms = {name: model for name, model in arms.items() if not names or name in ("pooled", *names)}
         for count in tiles:
-            candidates = {name: _first_token(model, count) for name, model in arms.items()}
+            first_token = _prefill if plan.graphs else _generate
+            candidates = {name: first_token(model, count) for name, model in arms.items()}
             results += measure(plan, decoder if count == 1 else f"{decoder} x{count}", candidates)
     return results
 
 
-def _arms(base: Any) -> dict[str, Any]:
+def _arms(base: Any, plan: Plan) -> dict[str, Any]:
     """Models that share their weights: the pooled one first, as what the others are compared with."""
     arms = {"pooled": _pooled(base), "uncompressed": twin(base)}
     options: dict[str, dict[str, Any]] = {
@@ -56,9 +57,17 @@ def _arms(base: Any) -> dict[str, Any]:
         "global, whole encoder": {"spec": _WHOLE_ENCODER, "interaction": "global"},
         "SELA": {},
     }
+    width = base.config.text_config.hidden_size
+    if plan.device == "cuda":
+        options[_TRITON] = {"spec": _WHOLE_ENCODER}
+        options["SELA as wide as the decoder, whole encoder"] = {"spec": _WHOLE_ENCODER, "attn_dim": width}
+        options[_BESIDE] = {"spec": _WHOLE_ENCODER}
     for name, given in options.items():
         arms[name] = _pooled(base)
-        attach_vision_remember(arms[name], [1, 4], **given)
+        handle = attach_vision_remember(arms[name], [1, 4], **given)
+        handle.side_stream = name == _BESIDE
+        for block in handle.module.values() if name == _TRITON else ():
+            block.interaction.backend = "triton"
     pruners: dict[str, tuple[str, dict[str, Any]]] = {
         "FastV, half": ("fastv", {"layer": 2, "keep": 0.5}),
         "FastV, a quarter": ("fastv", {"layer": 2, "keep": 0.25}),
@@ -76,6 +85,13 @@ def _pooled(base: Any) -> Any:
     return model
 
 
-def _first_token(model: Any, tiles: int) -> Callable[[], Any]:
+def _generate(model: Any, tiles: int) -> Callable[[], Any]:
     inputs = prompt(model, tiles)
     return lambda: model.generate(**inputs, **_ONE_TOKEN)
+
+
+def _prefill(model: Any, tiles: int) -> Callable[[], Any]:
+    inputs = prompt(model, tiles)
+    # It is all ones; without it neither host nor attention has to ask the GPU whether it is.
+    del inputs["attention_mask"]
+    return torch.no_grad()(lambda: model(**inputs, logits_to_keep=1).logits)

@@ -105,7 +105,10 @@ class DeformableAttention(Interaction[PreparedLevels]):
         # float32: half precision is too coarse for a place on a large grid.
         offsets = self.vr_offsets(query).to(torch.promote_types(query.dtype, torch.float32)).unflatten(-1, (*places, 2))
         centres = _centres(token_grid, like=offsets)[:, None, None, None]
-        locations = centres + offsets / offsets.new_tensor([4 * w, 4 * h])
+        # Each axis by a plain number: a tensor of both would have to be copied to the device on every call.
+        x, y = offsets.unbind(-1)
+        steps = torch.stack((x / (4 * w), y / (4 * h)), dim=-1)
+        locations = centres + steps
         read = deformable_sample(prepared.values, locations, weights, grids=[feature_grid] * self.num_levels)
         return self.vr_out(read.flatten(2))
 
