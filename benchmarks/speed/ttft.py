@@ -16,6 +16,11 @@ from vision_remember.adapters.llava import LLAVA
 _ONE_TOKEN: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
 # Without what they say about unread encoder blocks, so that all of them run and nothing is saved.
 _WHOLE_ENCODER = replace(LLAVA, feature_levels=None)
+_PRUNERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "FastV, half": ("fastv", {"layer": 2, "keep": 0.5}),
+    "FastV, a quarter": ("fastv", {"layer": 2, "keep": 0.25}),
+    "PyramidDrop": ("pyramid_drop", {}),
+}
 _TRITON, _BESIDE = "SELA by Triton kernels, whole encoder", "SELA on a side stream, whole encoder"
 
 
@@ -61,19 +66,16 @@ def _arms(base: Any, plan: Plan) -> dict[str, Any]:
     if plan.device == "cuda":
         options[_TRITON] = {"spec": _WHOLE_ENCODER}
         options["SELA as wide as the decoder, whole encoder"] = {"spec": _WHOLE_ENCODER, "attn_dim": width}
-        options[_BESIDE] = {"spec": _WHOLE_ENCODER}
+        if not plan.graphs:  # which hold one stream
+            options[_BESIDE] = {"spec": _WHOLE_ENCODER}
     for name, given in options.items():
         arms[name] = _pooled(base)
         handle = attach_vision_remember(arms[name], [1, 4], **given)
         handle.side_stream = name == _BESIDE
         for block in handle.module.values() if name == _TRITON else ():
             block.interaction.backend = "triton"
-    pruners: dict[str, tuple[str, dict[str, Any]]] = {
-        "FastV, half": ("fastv", {"layer": 2, "keep": 0.5}),
-        "FastV, a quarter": ("fastv", {"layer": 2, "keep": 0.25}),
-        "PyramidDrop": ("pyramid_drop", {}),
-    }
-    for name, (pruner, given) in pruners.items():
+    # How many tokens a pruner leaves the host has to ask the GPU, which a graph cannot hold.
+    for name, (pruner, given) in {}.items() if plan.graphs else _PRUNERS.items():
         arms[name] = twin(base)
         attach_pruner(arms[name], pruner, **given)
     return arms
