@@ -41,14 +41,14 @@ def two_blocks(**options: Any) -> list[VisionRemember]:
     return blocks
 
 
-def recall_on(device: str, sizes: int = 1, *, spare: int = 0) -> tuple[Recall, Tensor]:
-    """A recall of two tiles of each size, with 2x2 cells a token and ``spare`` rows more, and hidden states for it."""
+def recall_on(device: str, sizes: int = 1) -> tuple[Recall, Tensor]:
+    """A recall of two tiles of each size, with 2x2 cells a token, and hidden states for it."""
     grids = [(4 + 2 * size, 6) for size in range(sizes)]
     counts = [2 * math.prod(grid) for grid in grids]
     places = torch.arange(sum(counts) + 5, device=device)
     recalls = []
     for number, (grid, count) in enumerate(zip(grids, counts, strict=True)):
-        cells = (2 * grid[0] + spare, 2 * grid[1])
+        cells = (2 * grid[0], 2 * grid[1])
         levels = tuple(torch.randn(2, math.prod(cells), LEVEL, device=device) for _ in range(3))
         saliency = torch.rand(2, math.prod(cells), device=device)
         memory = VisionMemory(levels, saliency, cells, grid, (Span(range(count), range(2)),))
@@ -153,11 +153,11 @@ def test_passes_share_one_stream(streams: Streams) -> None:
 
 
 def test_who_reads_nothing_of_it_does_not_wait(streams: Streams) -> None:
-    """Where grids do not divide the blocks are given the levels, which are there."""
+    """An interaction without regions is given the levels, which are there."""
     with fake("cuda:0"), torch.no_grad():
-        blocks = on_fake_gpu({"position": "none"})
+        blocks = on_fake_gpu({"interaction": "global"})
         with streams:
-            recall, hidden = recall_on("cuda:0", spare=1)
+            recall, hidden = recall_on("cuda:0")
             recall = recall.prepared(blocks, prepare_together, side_stream=True)
             for block in blocks:
                 hidden = recall.through(block, hidden)
@@ -286,7 +286,7 @@ def test_the_handle_switches_it(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"absorb": True}, {"backend": "triton"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"absorb": True}, {"backend": "windowed"}], ids=str)
 def test_on_a_gpu_it_changes_no_bit(options: dict[str, Any], dtype: torch.dtype) -> None:
     """Many times over, with levels of its own each time, whose memory and that of the results goes round."""
     blocks = [block.to("cuda", dtype) for block in two_blocks(**options)]

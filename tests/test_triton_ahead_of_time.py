@@ -39,15 +39,15 @@ class Usage(NamedTuple):
     spilled_bytes: int
 
 
-def options(kernel: str, dim: int, partners: int) -> dict[str, Any]:
-    """What the operator compiles for, with saliency and bias, many queries and ``partners`` cells in a region."""
+def options(kernel: str, dim: int) -> dict[str, Any]:
+    """What the operator compiles for, with saliency and bias and many queries."""
     query = torch.empty(1, 1, 1, dim)
     given = triton_local_attention._options(query, query, query, query)
-    together, step = triton_local_attention._tile(10_000, partners, given)
+    rows = triton_local_attention._rows(10_000, given)
     if kernel == "cell_gradient_kernel":
-        return {**given, "WANTS_SALIENCY": True, "CELLS": together, "QUERIES": step}
+        return {**given, "WANTS_SALIENCY": True, "CELLS": rows}
     wants = {"WANTS_BIAS": True} if kernel == "query_gradient_kernel" else {}
-    return {**given, **wants, "QUERIES": together, "CELLS": step}
+    return {**given, **wants, "QUERIES": rows}
 
 
 def compiled(
@@ -112,20 +112,19 @@ def compiled(
     ],
 )
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_four_cells_a_region(kernel: str, dtype: torch.dtype, dim: int, capability: int, tmp_path: Path) -> None:
-    usage = compiled(kernel, dtype, capability, options(kernel, dim, 4), tmp_path)
+def test_usual_heads(kernel: str, dtype: torch.dtype, dim: int, capability: int, tmp_path: Path) -> None:
+    usage = compiled(kernel, dtype, capability, options(kernel, dim), tmp_path)
     assert usage.registers <= MOST_REGISTERS
     assert usage.spilled_bytes == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("partners", [1, 2, 9, 36])
 @pytest.mark.parametrize("dim", [16, 72, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_other_sizes(kernel: str, dtype: torch.dtype, dim: int, partners: int, capability: int, tmp_path: Path) -> None:
-    usage = compiled(kernel, dtype, capability, options(kernel, dim, partners), tmp_path)
+def test_other_sizes(kernel: str, dtype: torch.dtype, dim: int, capability: int, tmp_path: Path) -> None:
+    usage = compiled(kernel, dtype, capability, options(kernel, dim), tmp_path)
     assert usage.registers <= MOST_REGISTERS
     assert usage.spilled_bytes == 0
 

@@ -251,7 +251,7 @@ class VisionRemember(nn.Module):
         Args:
             hidden: (B, S, D).
             positions: (T*h*w,), ascending: the rows of all (B*S) that hold the tokens, tile by tile.
-            prepared: by ``SELA(backend="triton")``.
+            prepared: for kernels, by :meth:`SELA.project_rasters`.
             tiles: T.
             token_grid: (h, w).
 
@@ -306,10 +306,12 @@ def prepare_together(
     for number, block in enumerate(blocks):
         reader = _reader_at_hand(block, features[0].device)
         if reader is not None:
-            alike.setdefault((*reader.arrangement, next(reader.parameters()).dtype), {})[number] = reader
-    for (*_, dtype), readers in alike.items():
+            own_dtype = next(reader.parameters()).dtype
+            as_it_lies = reader.reads_rasters(features[0].device, own_dtype)
+            alike.setdefault((*reader.arrangement, own_dtype, as_it_lies), {})[number] = reader
+    for (*_, dtype, as_it_lies), readers in alike.items():
         own = list(readers.values())
-        if own[0].backend == "triton":
+        if as_it_lies:
             # With gradients each block's own call projects the levels.
             if not learning:
                 cast = [level.to(dtype) for level in features]

@@ -97,3 +97,11 @@ def prompt(model: Any, tiles: int = 1, text: int = 50) -> dict[str, Tensor]:
     pixels = torch.randn(tiles, 3, vision.image_size, vision.image_size, generator=generator)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(model.dtype)}
     return {name: tensor.to(model.device) for name, tensor in given.items()}
+
+
+def placeholder_mask(model: Any, input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+    """What `LlavaModel.get_placeholder_mask` returns, without its comparison of counts, for which a host waits.
+
+    A CUDA graph cannot hold that, with Vision Remember or without.
+    """
+    return (input_ids == model.config.image_token_id).unsqueeze(-1)

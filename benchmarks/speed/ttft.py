@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.speed.hosts import build, prompt, twin
+from benchmarks.speed.hosts import build, placeholder_mask, prompt, twin
 from benchmarks.speed.measure import Plan, Result, measure
 from vision_remember import attach_pruner, attach_vision_remember, compress_projector
 from vision_remember.adapters.llava import LLAVA
@@ -21,7 +22,7 @@ _PRUNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "FastV, a quarter": ("fastv", {"layer": 2, "keep": 0.25}),
     "PyramidDrop": ("pyramid_drop", {}),
 }
-_TRITON, _BESIDE = "SELA by Triton kernels, whole encoder", "SELA on a side stream, whole encoder"
+_PLAIN, _BESIDE = "SELA without kernels of ours, whole encoder", "SELA on a side stream, whole encoder"
 
 
 def run(plan: Plan, decoders: tuple[str, ...] = (), names: tuple[str, ...] = ()) -> list[Result]:
@@ -64,7 +65,7 @@ def _arms(base: Any, plan: Plan) -> dict[str, Any]:
     }
     width = base.config.text_config.hidden_size
     if plan.device == "cuda":
-        options[_TRITON] = {"spec": _WHOLE_ENCODER}
+        options[_PLAIN] = {"spec": _WHOLE_ENCODER}
         options["SELA as wide as the decoder, whole encoder"] = {"spec": _WHOLE_ENCODER, "attn_dim": width}
         if not plan.graphs:  # which hold one stream
             options[_BESIDE] = {"spec": _WHOLE_ENCODER}
@@ -72,8 +73,8 @@ def _arms(base: Any, plan: Plan) -> dict[str, Any]:
         arms[name] = _pooled(base)
         handle = attach_vision_remember(arms[name], [1, 4], **given)
         handle.side_stream = name == _BESIDE
-        for block in handle.module.values() if name == _TRITON else ():
-            block.interaction.backend = "triton"
+        for block in handle.module.values() if name == _PLAIN else ():
+            block.interaction.backend = "windowed"
     # How many tokens a pruner leaves the host has to ask the GPU, which a graph cannot hold.
     for name, (pruner, given) in {}.items() if plan.graphs else _PRUNERS.items():
         arms[name] = twin(base)
@@ -96,4 +97,5 @@ def _prefill(model: Any, tiles: int) -> Callable[[], Any]:
     inputs = prompt(model, tiles)
     # It is all ones; without it neither host nor attention has to ask the GPU whether it is.
     del inputs["attention_mask"]
+    model.model.get_placeholder_mask = partial(placeholder_mask, model)
     return torch.no_grad()(lambda: model(**inputs, logits_to_keep=1).logits)

@@ -18,7 +18,7 @@ from vision_remember.interactions.levels import FeatureNorm, Features, LevelLine
 from vision_remember.interactions.parts import attention_width, head_count, split_heads
 from vision_remember.interactions.region_cells import PreparedRaster, PreparedRegions, RegionCells, regions_between
 from vision_remember.ops import BACKENDS, local_attention, region_bias
-from vision_remember.ops.triton_local_attention import triton_local_attention
+from vision_remember.ops.triton_local_attention import kernels_suit, triton_local_attention
 from vision_remember.ops.windowed import attend_regions, merge_query_blocks, split_query_blocks
 
 Position = Literal["specialised", "learned", "none"]
@@ -128,6 +128,12 @@ class SELA(CrossAttention):
         """What :meth:`region_cells` depends on: interactions of equal arrangement may share its result."""
         return self.window, self.backend, self.level_dims, self.fusion.norm.kind
 
+    def reads_rasters(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether kernels will read cells of such a device and dtype where they lie, so that none are put in order."""
+        if self.backend == "auto" and self.absorb is not True:
+            return kernels_suit(device, dtype, self.attn_dim // self.num_heads, self.window)
+        return self.backend == "triton"
+
     def region_cells(
         self,
         features: Features,
@@ -137,7 +143,8 @@ class SELA(CrossAttention):
         token_grid: Grid | None,
     ) -> RegionCells | None:
         """What of the preparation needs no weights: the normalised cells by regions; None for cells in raster order."""
-        if token_grid is None or self.backend not in ("auto", "windowed"):
+        first = features if isinstance(features, Tensor) else features[0]
+        if token_grid is None or self.backend == "naive" or self.reads_rasters(first.device, first.dtype):
             return None
         axes = regions_between(token_grid, feature_grid, self.window)
         if axes is None:
@@ -177,7 +184,7 @@ class SELA(CrossAttention):
         """Keys and values of each, of cells that stay in raster order; for readers of one arrangement.
 
         Args:
-            readers: with ``backend="triton"``.
+            readers: those that :meth:`reads_rasters`.
             levels: one (B, H*W, c) each.
             saliency: (B, H*W), or None.
             feature_grid: (H, W).

@@ -1,9 +1,10 @@
 """The Triton kernels of local attention. Importing this module imports triton; its caller does so when first needed.
 
-All three work on tiles of pairs: some queries times some of the cells they see, or, for the gradients of keys and
-values, some cells times some of the queries that see them. A region holds few cells, four with the usual ratio, so the
-products are sums over channels in float32, not matrix products: a tensor core's smallest tile would be mostly padding,
-and the time goes into reading keys and values, which are read where they lie in the raster.
+Each program holds some queries, a row of channels each, and goes through the cells of their regions, one cell of every
+region at a time; for the gradients of keys and values it holds cells and goes through the queries that see them. A
+region holds few cells, four with the usual ratio, so the products are sums over channels in float32, not matrix
+products: a tensor core's smallest tile would be mostly padding, and the time goes into reading keys and values, which
+are read where they lie in the raster.
 
 Queries are counted by *slots*: block after block, the k*k places of each. A smaller last block leaves some slots empty.
 The cells of a region are counted in a frame as large as the largest region, level after level, which is the order of a
@@ -41,15 +42,10 @@ def _queries_of(cell, window, tokens, cells):
 
 @triton.jit
 def _read(base, index, stride, valid, width: tl.constexpr, padded: tl.constexpr):
-    """Rows of a raster in float32, zero where not valid: (n,) or (m, n) numbers -> (n, padded) or (m, n, padded)."""
+    """Rows of a raster in float32, zero where not valid: (n,) numbers -> (n, padded)."""
     channels = tl.arange(0, padded)
-    if len(index.shape) == 2:
-        places = (index.to(tl.int64) * stride)[:, :, None] + channels[None, None, :]
-        inside = valid[:, :, None] & (channels < width)[None, None, :]
-    else:
-        places = (index.to(tl.int64) * stride)[:, None] + channels[None, :]
-        inside = valid[:, None] & (channels < width)[None, :]
-    return tl.load(base + places, mask=inside, other=0.0).to(tl.float32)
+    places = (index.to(tl.int64) * stride)[:, None] + channels[None, :]
+    return tl.load(base + places, mask=valid[:, None] & (channels < width)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -71,15 +67,11 @@ def _slot(slot, slots, h, w, window, blocks_across):
 
 
 @triton.jit
-def _framed_cells(place, block_row, block_column, h, w, H, W, window, levels, frame_rows, frame_columns):
-    """Cell number at each place (m,) of the frame of each block (n,), and whether a cell is there: (n, m)."""
-    top, height = _region(block_row, window, h, H)
-    left, breadth = _region(block_column, window, w, W)
+def _framed_cell(place, top, height, left, breadth, H, W, frame_rows, frame_columns):
+    """Of the regions (n,), the number of the cell at one place of the frame, and whether a cell is there."""
     level, row = place // (frame_rows * frame_columns), place // frame_columns % frame_rows
     column = place % frame_columns
-    cell = (level * H + row)[None, :] * W + column[None, :] + (top * W + left)[:, None]
-    there = (row[None, :] < height[:, None]) & (column[None, :] < breadth[:, None]) & (level < levels)[None, :]
-    return cell, there
+    return (level * H + top + row) * W + left + column, (row < height) & (column < breadth)
 
 
 @_any_grid
@@ -104,10 +96,10 @@ def forward_kernel(
     D_PADDED: tl.constexpr,
     DV: tl.constexpr,
     DV_PADDED: tl.constexpr,
+    UNROLLED: tl.constexpr,  # cells, or queries, whose rows are asked for at once
     QUERIES: tl.constexpr,
-    CELLS: tl.constexpr,
 ):  # fmt: skip
-    """Some queries of one head of one image, all their cells in steps, softmax on the way."""
+    """Some queries of one head of one image, all their cells one by one, softmax on the way."""
     tiles = tl.cdiv(slots, QUERIES)
     image_head, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     image, head = image_head // heads, image_head % heads
@@ -118,33 +110,32 @@ def forward_kernel(
 
     slot = tile * QUERIES + tl.arange(0, QUERIES)
     index, block_row, block_column, exists = _slot(slot, slots, h, w, window, blocks_across)
+    top, height = _region(block_row, window, h, H)
+    left, breadth = _region(block_column, window, w, W)
     q = _read(query, index, query_row, exists, D, D_PADDED) * scale
     places = levels * frame_rows * frame_columns
     highest = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     read = tl.zeros((QUERIES, DV_PADDED), tl.float32)
-    for start in range(0, places, CELLS):
-        place = start + tl.arange(0, CELLS)
-        cell, there = _framed_cells(
-            place, block_row, block_column, h, w, H, W, window, levels, frame_rows, frame_columns
-        )
-        there = there & exists[:, None]
+    for place in tl.range(0, places, loop_unroll_factor=UNROLLED):
+        cell, there = _framed_cell(place, top, height, left, breadth, H, W, frame_rows, frame_columns)
+        there = there & exists
         k = _read(key, cell, key_row, there, D, D_PADDED)
         v = _read(value, cell, value_row, there, DV, DV_PADDED)
-        logits = tl.sum(q[:, None, :] * k, 2)
+        logits = tl.sum(q * k, 1)
         if HAS_BIAS:
-            row = (head * bias_slots + slot % bias_slots) * places
-            logits += tl.load(bias + row[:, None] + place[None, :], mask=there, other=0.0).to(tl.float32)
+            of_bias = (head * bias_slots + slot % bias_slots) * places + place
+            logits += tl.load(bias + of_bias, mask=there, other=0.0).to(tl.float32)
         logits = tl.where(there, logits, float("-inf"))
-        higher = tl.maximum(highest, tl.max(logits, 1))
+        higher = tl.maximum(highest, logits)
         # while all cells so far are masked, by a bias of minus infinity, there is nothing to take off
         offset = tl.where(higher == float("-inf"), 0.0, higher)
         shrink = tl.exp(highest - offset)
-        weights = tl.exp(logits - offset[:, None])
-        total = total * shrink + tl.sum(weights, 1)
+        weights = tl.exp(logits - offset)
+        total = total * shrink + weights
         if HAS_SALIENCY:
             weights *= tl.load(saliency + image * levels * H * W + cell, mask=there, other=0.0).to(tl.float32)
-        read = read * shrink[:, None] + tl.sum(weights[:, :, None] * v, 1)
+        read = read * shrink[:, None] + weights[:, None] * v
         highest = higher
     total = tl.where(exists, total, 1.0)
     _write(out, index, out_row, exists, read / total[:, None], DV, DV_PADDED)
@@ -180,8 +171,8 @@ def query_gradient_kernel(
     D_PADDED: tl.constexpr,
     DV: tl.constexpr,
     DV_PADDED: tl.constexpr,
+    UNROLLED: tl.constexpr,
     QUERIES: tl.constexpr,
-    CELLS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of some queries and of the logits of all their cells."""
     tiles = tl.cdiv(slots, QUERIES)
@@ -201,31 +192,28 @@ def query_gradient_kernel(
     dot = tl.sum(go * _read(out, index, out_row, exists, DV, DV_PADDED), 1)
     norm = tl.load(lse + image_head * slots + slot, mask=exists, other=0.0)
     tl.store(delta + image_head * slots + slot, dot, mask=exists)
+    top, height = _region(block_row, window, h, H)
+    left, breadth = _region(block_column, window, w, W)
     places = levels * frame_rows * frame_columns
     gq = tl.zeros((QUERIES, D_PADDED), tl.float32)
-    for start in range(0, places, CELLS):
-        place = start + tl.arange(0, CELLS)
-        cell, there = _framed_cells(
-            place, block_row, block_column, h, w, H, W, window, levels, frame_rows, frame_columns
-        )
-        there = there & exists[:, None]
+    for place in tl.range(0, places, loop_unroll_factor=UNROLLED):
+        cell, there = _framed_cell(place, top, height, left, breadth, H, W, frame_rows, frame_columns)
+        there = there & exists
         k = _read(key, cell, key_row, there, D, D_PADDED)
         v = _read(value, cell, value_row, there, DV, DV_PADDED)
-        logits = tl.sum(q[:, None, :] * k, 2)
+        logits = tl.sum(q * k, 1)
         if HAS_BIAS:
-            row = (head * bias_slots + slot % bias_slots) * places
-            logits += tl.load(bias + row[:, None] + place[None, :], mask=there, other=0.0).to(tl.float32)
-        weights = tl.exp(tl.where(there, logits - norm[:, None], float("-inf")))
-        grad_weights = tl.sum(go[:, None, :] * v, 2)
+            of_bias = (head * bias_slots + slot % bias_slots) * places + place
+            logits += tl.load(bias + of_bias, mask=there, other=0.0).to(tl.float32)
+        weights = tl.exp(tl.where(there, logits - norm, float("-inf")))
+        grad_weights = tl.sum(go * v, 1)
         if HAS_SALIENCY:
             grad_weights *= tl.load(saliency + image * levels * H * W + cell, mask=there, other=0.0).to(tl.float32)
-        gl = weights * (grad_weights - dot[:, None])
-        gq += tl.sum(gl[:, :, None] * k, 1)
+        gl = weights * (grad_weights - dot)
+        gq += gl[:, None] * k
         if WANTS_BIAS:
             # empty slots and places too, as zeros: all of it is summed up
-            row = (image_head * slots + slot) * places
-            inside = (slot < slots)[:, None] & (place < places)[None, :]
-            tl.store(grad_logits + row[:, None] + place[None, :], gl, mask=inside)
+            tl.store(grad_logits + (image_head * slots + slot) * places + place, gl, mask=slot < slots)
     _write(grad_query, index, grad_query_row, exists, gq * scale, D, D_PADDED)
 
 
@@ -258,7 +246,7 @@ def cell_gradient_kernel(
     D_PADDED: tl.constexpr,
     DV: tl.constexpr,
     DV_PADDED: tl.constexpr,
-    QUERIES: tl.constexpr,
+    UNROLLED: tl.constexpr,
     CELLS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of some cells: each adds up its queries, always in the same order, where regions overlap too."""
@@ -286,11 +274,10 @@ def cell_gradient_kernel(
     gk = tl.zeros((CELLS, D_PADDED), tl.float32)
     gv = tl.zeros((CELLS, DV_PADDED), tl.float32)
     gs = tl.zeros((CELLS,), tl.float32)
-    for start in range(0, span_rows * span_columns, QUERIES):
-        step = start + tl.arange(0, QUERIES)
-        down, across = (step // span_columns)[None, :], (step % span_columns)[None, :]
-        there = exists[:, None] & (down < height[:, None]) & (across < breadth[:, None])
-        row, column = top[:, None] + down, left[:, None] + across
+    for step in tl.range(0, span_rows * span_columns, loop_unroll_factor=UNROLLED):
+        down, across = step // span_columns, step % span_columns
+        there = exists & (down < height) & (across < breadth)
+        row, column = top + down, left + across
         index = row * w + column
         block_row, block_column = row // window, column // window
         slot = (block_row * blocks_across + block_column) * window * window + row % window * window + column % window
@@ -298,21 +285,21 @@ def cell_gradient_kernel(
         go = _read(grad_out, index, grad_out_row, there, DV, DV_PADDED)
         norm = tl.load(lse + image_head * slots + slot, mask=there, other=0.0)
         dot = tl.load(delta + image_head * slots + slot, mask=there, other=0.0)
-        logits = tl.sum(q * k[:, None, :], 2) * scale
+        logits = tl.sum(q * k, 1) * scale
         if HAS_BIAS:
-            inner_row = y[:, None] - block_row * window * H // h
-            inner_column = x[:, None] - block_column * window * W // w
-            place = (level[:, None] * frame_rows + inner_row) * frame_columns + inner_column
-            row_of_bias = (head * bias_slots + slot % bias_slots) * places
-            logits += tl.load(bias + row_of_bias + place, mask=there, other=0.0).to(tl.float32)
+            inner_row = y - block_row * window * H // h
+            inner_column = x - block_column * window * W // w
+            place = (level * frame_rows + inner_row) * frame_columns + inner_column
+            of_bias = (head * bias_slots + slot % bias_slots) * places + place
+            logits += tl.load(bias + of_bias, mask=there, other=0.0).to(tl.float32)
         weights = tl.exp(tl.where(there, logits - norm, float("-inf")))
-        grad_weights = tl.sum(go * v[:, None, :], 2)
-        gv += tl.sum(weights[:, :, None] * go, 1)
+        grad_weights = tl.sum(go * v, 1)
+        gv += weights[:, None] * go
         if WANTS_SALIENCY:
-            gs += tl.sum(weights * grad_weights, 1)
+            gs += weights * grad_weights
         if HAS_SALIENCY:
-            grad_weights *= salient[:, None]
-        gk += tl.sum((weights * (grad_weights - dot))[:, :, None] * q, 1)
+            grad_weights *= salient
+        gk += (weights * (grad_weights - dot))[:, None] * q
     if HAS_SALIENCY:
         gv *= salient[:, None]
     if WANTS_SALIENCY:

@@ -28,9 +28,9 @@ _IMPORTABLE = importlib.util.find_spec("triton") is not None
 # A larger block is a large matrix product, which the windowed back-end gives to tensor cores.
 _LARGEST_WINDOW = 4
 _OLDEST_GPU = 8  # compute capability, its first number
-# Pairs of a query and a cell, times channels, that one program holds: 8 numbers per thread for each of two tensors, one
-# load of 16 bytes in half precision. Compiled for sm_80 and sm_90 that takes 50 to 120 registers.
-_TILE, _MOST_PARTNERS = 1024, 16
+# Numbers of a tensor that one program holds at once, rows times channels: 8 per thread, one load of 16 bytes in half
+# precision.
+_TILE = 1024
 # Said aloud because Triton's default for the second changes.
 _COMPILE = {"num_warps": 4, "enable_fp_fusion": True}
 _SIZES = "SymInt h, SymInt w, SymInt H, SymInt W, SymInt levels, SymInt window"
@@ -49,10 +49,8 @@ def auto_local_attention(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The Triton kernels on a GPU that can run them, for small blocks; otherwise the windowed form."""
-    suits = query.device.type == "cuda" and query.dtype in DTYPES and query.shape[-1] <= WIDEST
-    attend = windowed_local_attention
-    if suits and window <= _LARGEST_WINDOW and _IMPORTABLE and _is_new_enough(query.device):
-        attend = triton_local_attention
+    suit = kernels_suit(query.device, query.dtype, query.shape[-1], window)
+    attend = triton_local_attention if suit else windowed_local_attention
     return attend(
         query,
         key,
@@ -64,6 +62,12 @@ def auto_local_attention(
         saliency=saliency,
         bias=bias,
     )
+
+
+def kernels_suit(device: torch.device, dtype: torch.dtype, width: int, window: int) -> bool:
+    """Whether the kernels run there, for queries of so many channels a head, and suit blocks of such a side."""
+    suits = device.type == "cuda" and dtype in DTYPES and width <= WIDEST and window <= _LARGEST_WINDOW
+    return suits and _IMPORTABLE and _is_new_enough(device)
 
 
 def _is_new_enough(device: torch.device) -> bool:
@@ -159,8 +163,7 @@ def _forward(
     query, key, value = (_dense_rows(x) for x in (query, key, value))
     out, lse = _empty_outputs(query, value, h, w, window)
     options = _options(query, value, saliency, bias)
-    places = levels * geometry.frame_rows * geometry.frame_columns
-    queries, cells = _tile(geometry.slots, places, options)
+    queries = _rows(geometry.slots, options)
     with torch.cuda.device_of(query):  # a model may be spread over several GPUs
         kernels.forward_kernel[(_programs(query, geometry.slots, queries),)](
             *(query, key, value, _dense(saliency), _dense(bias), out, lse, 1 / math.sqrt(query.shape[-1])),
@@ -168,7 +171,6 @@ def _forward(
             *(query.shape[1], h, w, H, W, window, levels, *geometry[:4], _bias_slots(bias, geometry, window)),
             **options,
             QUERIES=queries,
-            CELLS=cells,
             **_COMPILE,
         )
     return out, lse
@@ -233,7 +235,7 @@ def _backward(
     options = _options(query, value, saliency, bias)
     inputs = (query, key, value, _dense(saliency), _dense(bias))
     numbers = (heads, h, w, H, W, window, levels, *geometry[:4], _bias_slots(bias, geometry, window))
-    queries, cells = _tile(geometry.slots, places, options)
+    queries, cells = _rows(geometry.slots, options), _rows(key.shape[2], options)
     with torch.cuda.device_of(query):
         kernels.query_gradient_kernel[(_programs(query, geometry.slots, queries),)](
             *(*inputs, out, grad_out, lse, delta, grad_query, logit_parts, scale),
@@ -242,17 +244,14 @@ def _backward(
             **options,
             WANTS_BIAS=wants_bias,
             QUERIES=queries,
-            CELLS=cells,
             **_COMPILE,
         )
-        cells, queries = _tile(key.shape[2], geometry.span_rows * geometry.span_columns, options)
         kernels.cell_gradient_kernel[(_programs(query, key.shape[2], cells),)](
             *(*inputs, grad_out, lse, delta, grad_key, grad_value, saliency_parts, scale),
             *(stride for x in (query, key, value, grad_out, grad_key, grad_value) for stride in x.stride()[:3]),
             *(*numbers, *geometry[4:]),
             **options,
             WANTS_SALIENCY=wants_saliency,
-            QUERIES=queries,
             CELLS=cells,
             **_COMPILE,
         )
@@ -358,14 +357,14 @@ def _options(query: Tensor, value: Tensor, saliency: Tensor | None, bias: Tensor
         "D_PADDED": _power_of_two(D),
         "DV": DV,
         "DV_PADDED": _power_of_two(DV),
+        # Rows of an odd width are read number by number; four of them at once would not fit the registers.
+        "UNROLLED": 4 if _power_of_two(D) == D and _power_of_two(DV) == DV else 1,
     }
 
 
-def _tile(count: int, partners: int, options: dict[str, Any]) -> tuple[int, int]:
-    """How many queries (or cells) one program takes, and how many of their cells (or queries) at a time."""
-    pairs = max(_TILE // max(options["D_PADDED"], options["DV_PADDED"]), 1)
-    step = min(_power_of_two(partners), _MOST_PARTNERS, pairs)
-    return min(pairs // step, _power_of_two(count)), step
+def _rows(count: int, options: dict[str, Any]) -> int:
+    """How many queries, or cells, one program takes."""
+    return min(max(_TILE // max(options["D_PADDED"], options["DV_PADDED"]), 1), _power_of_two(count))
 
 
 def _programs(query: Tensor, count: int, together: int) -> int:
