@@ -115,9 +115,9 @@ GPU = Level(
     test_pages=64,
     encoder=Recipe(steps=700, batch=32, lr=1e-3, warmup=80),
     decoders=(
-        DecoderRecipe(side=2, steps=2000, batch=64, lr=5e-4, warmup=60),
-        DecoderRecipe(side=3, steps=4000, batch=64, lr=5e-4, warmup=60),
-        DecoderRecipe(side=4, steps=7000, batch=64, lr=5e-4, warmup=60),
+        DecoderRecipe(side=2, steps=2500, batch=64, lr=5e-4, warmup=60),
+        DecoderRecipe(side=3, steps=5000, batch=64, lr=5e-4, warmup=60),
+        DecoderRecipe(side=4, steps=8000, batch=64, lr=5e-4, warmup=60),
     ),
     arm=Recipe(steps=500, batch=32, lr=5e-4),
     check_every=100,
