@@ -112,7 +112,7 @@ GPU = Level(
     symbol_pages=2048,
     train_pages=512,
     validation_pages=16,
-    test_pages=64,
+    test_pages=48,
     encoder=Recipe(steps=700, batch=32, lr=1e-3, warmup=80),
     decoders=(
         DecoderRecipe(side=2, steps=2500, batch=64, lr=5e-4, warmup=60),
