@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.proof import report
+from benchmarks.proof import report, runner
 from benchmarks.proof.arms import ArmSpec, Pretrained, build_arm, control_width
 from benchmarks.proof.claims import CLAIMS
-from benchmarks.proof.levels import CPU, GPU, TINY
+from benchmarks.proof.levels import CPU, GPU, TINY, Level
 from benchmarks.proof.model import TokenPlaces, answer_logits, build_model
 from benchmarks.proof.pages import (
     BLANK_LABEL,
@@ -27,6 +28,7 @@ from benchmarks.proof.pages import (
     read_boards,
     task_names,
 )
+from benchmarks.proof.prepare import PART, Workshop
 from benchmarks.proof.runner import Job, arms_of, read_lines, run_suites, stages_file
 from benchmarks.proof.statistics import compared, mean_of, recovered
 from benchmarks.proof.suites import SEARCHED, SUITES, TUNING_SEED, distinct
@@ -271,6 +273,50 @@ def test_a_run_that_was_cut_off_goes_on_and_is_reported(tmp_path: Path) -> None:
     assert "The gain is not that of more parameters" in part
     assert f"lines.jsonl#L{found.number[first[0]['key']]}" in part
     assert all(line["seed"] < TUNING_SEED for line in again)
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+def test_pages_that_a_pool_draws_are_those_of_one_process(pixels: bool, tmp_path: Path) -> None:
+    level = replace(LEVEL, train_pages=PART + 3, symbol_pages=PART + 3)
+    name = "train" if pixels else "symbols"
+    with ThreadPoolExecutor(2) as pool:
+        drawn = Workshop(level, tmp_path / "pool").pages(name, pool).state()
+    alone = Workshop(level, tmp_path / "alone").pages(name).state()
+    assert drawn.keys() == alone.keys()
+    for part in alone:
+        assert torch.equal(drawn[part], alone[part]), part
+
+
+def test_one_ratio_alone_makes_its_own_decoder_only(tmp_path: Path) -> None:
+    results, cache = tmp_path / "lines.jsonl", tmp_path / "cache"
+    level = replace(LEVEL, half=True)
+    run_suites(["table5a"], [0], level, cache, results, 1, [9])
+    assert {line["arm"] for line in read_lines(results)} == {"pooled 1/9", "pooled 1/9 + VR"}
+    assert list(json.loads(stages_file(results).read_text())["reads"]) == ["3"]
+    assert not list(cache.glob("decoder-4-*"))
+    with pytest.raises(ValueError, match=r"ratios \[9\]: expected one that an arm of controls has"):
+        run_suites(["controls"], [0], level, cache, results, 1, [9])
+
+
+def test_a_run_that_fails_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one(job: Job, level: Level, folder: Path) -> dict[str, Any]:
+        if job.spec.name == "pooled":
+            raise MemoryError("no room")
+        return {"key": job.key(level)}
+
+    monkeypatch.setattr(runner, "run_job", one)
+    jobs, results = [Job(arm, 0) for arm in SUITES["controls"]], tmp_path / "lines.jsonl"
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="1 of 4 runs failed: pooled, seed 0"):
+        runner._run_jobs(jobs, LEVEL, tmp_path, results, pool)
+    assert {line["key"] for line in read_lines(results)} == {job.key(LEVEL) for job in jobs[1:]}
+
+
+def test_committed_results_are_those_of_the_level_as_it_is() -> None:
+    """Whatever changes around the level cpu, its runs keep their names: nobody has to run them again."""
+    path = Path(report.__file__).parents[1] / "results" / "proof_cpu.jsonl"
+    keys = {line["key"] for line in read_lines(path)}
+    arms = [arm for suite in ("table2", "table4a", "table4c", "table5a", "controls", "rivals") for arm in SUITES[suite]]
+    assert {Job(arm, 0).key(CPU) for arm in arms} <= keys
 
 
 def test_seeds_for_choices_are_refused(tmp_path: Path) -> None:

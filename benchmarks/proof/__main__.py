@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .levels import LEVELS
 from .runner import run_suites
-from .suites import SUITES
+from .suites import RATIOS, SUITES
 
 RESULTS = Path("benchmarks/results")
 CACHE = Path("build/proof")
@@ -18,6 +18,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.proof", description=__doc__)
     parser.add_argument("--suite", choices=[*SUITES, "all"], nargs="+", default=["all"], help="tables of the paper")
     parser.add_argument("--seeds", type=int, default=2, help="how many, from 0 (default: %(default)s)")
+    parser.add_argument(
+        "--ratios", type=int, choices=RATIOS, nargs="+", default=list(RATIOS), help="cells per token (default: all)"
+    )
     parser.add_argument("--level", choices=list(LEVELS), default="cpu", help="how large (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="JSON lines (default: benchmarks/results/proof_LEVEL.jsonl)")
@@ -28,7 +31,9 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--{name} {getattr(options, name)}: expected at least 1")
     suites = list(SUITES) if "all" in options.suite else options.suite
     results = options.results or RESULTS / f"proof_{options.level}.jsonl"
-    run_suites(suites, range(options.seeds), LEVELS[options.level], options.cache, results, options.jobs)
+    run_suites(
+        suites, range(options.seeds), LEVELS[options.level], options.cache, results, options.jobs, options.ratios
+    )
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class Arm:
         projector = self.model.model.multi_modal_projector
         depth = self.model.config.vision_config.num_hidden_layers
         wanted = scale_levels(getattr(projector, "encoder_levels", ()), depth) or (depth,)
-        joined = torch.cat([features.levels[level][index].float() for level in wanted], dim=-1).to(device)
+        joined = torch.cat([features.level(level, index, device) for level in wanted], dim=-1)
         made: Tensor = projector(joined, self.grid) if isinstance(projector, Projector) else projector(joined)
         return made
 
@@ -120,7 +120,7 @@ class Arm:
         if saliency is not None and config.saliency_variant == "boost":
             saliency = 1 + saliency  # kept as the variant "logit"
         memory = VisionMemory(
-            tuple(features.levels[level][index].float().to(device) for level in config.levels),
+            tuple(features.level(level, index, device) for level in config.levels),
             saliency,
             self.grid,
             (side, side),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from vision_remember.adapters.attach import default_levels
 from vision_remember.encoder import scale_levels
 from vision_remember.projectors import PROJECTORS
 
+from .model import products
 from .pages import Pages
 
 CENTERS = ("mean", "none")
@@ -40,7 +41,14 @@ class EncoderHeads(nn.Module):
 
 
 def pretrain_encoder(
-    model: LlavaForConditionalGeneration, pages: Pages, labels: int, recipe: Recipe, seed: int, bars: Bars, device: str
+    model: LlavaForConditionalGeneration,
+    pages: Pages,
+    labels: int,
+    recipe: Recipe,
+    seed: int,
+    bars: Bars,
+    device: str,
+    half: bool,
 ) -> dict[str, float]:
     """Trains the vision tower in place.
 
@@ -58,7 +66,9 @@ def pretrain_encoder(
     def loss_of_step() -> Tensor:
         batch = torch.randint(len(pages), (recipe.batch,), generator=generator)
         truth = pages.labels[batch].flatten(1).long().to(device)
-        cells, page = heads(tower(pages.pixel_values(batch).to(device)).last_hidden_state)
+        with products(device, half):
+            cells, page = heads(tower(pages.pixel_values(batch, device)).last_hidden_state)
+        cells, page = cells.float(), page.float()
         present = torch.zeros_like(page).scatter_(1, truth, 1.0)
         right = cells.argmax(-1) == truth
         written = truth != truth.mode(1, keepdim=True).values
@@ -90,6 +100,15 @@ class Features:
 
     levels: dict[int, Tensor]
     saliency: dict[str, Tensor]
+    _moved: dict[tuple[int, str], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def level(self, number: int, index: Tensor, device: str) -> Tensor:
+        """(B, H*W, C), float32, some pages' features of a level. A level that was asked for stays on the device."""
+        if torch.device(device).type == "cpu":
+            return self.levels[number][index].float()
+        if (number, device) not in self._moved:
+            self._moved[number, device] = self.levels[number].to(device)
+        return self._moved[number, device][index.to(device)].float()
 
     def save(self, path: Path) -> None:
         """Writes them to a file that processes can share."""
@@ -113,7 +132,7 @@ def encode(model: LlavaForConditionalGeneration, pages: Pages, device: str, batc
     levels: dict[int, list[Tensor]] = {number: [] for number in numbers}
     saliency: dict[str, list[Tensor]] = {center: [] for center in CENTERS}
     for start in range(0, len(pages), batch):
-        pixels = pages.pixel_values(torch.arange(start, min(start + batch, len(pages)))).to(device)
+        pixels = pages.pixel_values(torch.arange(start, min(start + batch, len(pages))), device)
         with taps["mean"].capture() as captured, taps["none"].capture() as plain:
             tower(pixels)
         for number, level in zip(numbers, captured.levels, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -55,6 +56,11 @@ def add_places(model: LlavaForConditionalGeneration, places: TokenPlaces) -> Non
     projector = model.model.multi_modal_projector
     projector.places = places
     projector.register_forward_hook(lambda projector, args, tokens: projector.places(tokens))
+
+
+def products(device: str, half: bool) -> contextlib.AbstractContextManager[Any]:
+    """Inside the ``with`` matrix products run in bfloat16, if they are to."""
+    return torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext()
 
 
 def build_model(shape: Shape, words: int, seed: int) -> LlavaForConditionalGeneration:

@@ -43,9 +43,9 @@ class Pages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def pixel_values(self, index: Tensor) -> Tensor:
-        """Pixels as the vision tower wants them: (B, 3, H, W), float in -1..1."""
-        return self.pixels[index].permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    def pixel_values(self, index: Tensor, device: str = "cpu") -> Tensor:
+        """Pixels as the vision tower wants them: (B, 3, H, W), float in -1..1, on a device."""
+        return self.pixels[index].to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
     def label_weights(self, labels: int) -> Tensor:
         """(labels,), weights of a cross-entropy: the inverse root of how often a label occurs, 1 on average."""
@@ -58,6 +58,12 @@ class Pages:
         """Plain tensors to keep on disk."""
         kept = {"pixels": self.pixels, "labels": self.labels, "tasks": self.tasks}
         return kept | {f"stream_{part.name}": getattr(self.streams, part.name) for part in fields(Streams)}
+
+    @classmethod
+    def joined(cls, parts: Sequence[Pages]) -> Pages:
+        """The pages of all parts, one part after the other."""
+        states = [part.state() for part in parts]
+        return cls.from_state({name: torch.cat([state[name] for state in states]) for name in states[0]})
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Pages:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from .train import Set, World
 
 PRETRAINING_SEED = 0
 STAGES = [Path(__file__).with_name(f"{name}.py") for name in ("encoder", "model", "pages", "symbols", "words")]
+PART = 64
+"""Pages per task that a process draws at a time."""
 SETS = ("train", "validation", "test")
 
 
@@ -47,8 +50,8 @@ class Workshop:
             "text_tokens": level.text_tokens,
         }
 
-    def pages(self, name: str) -> Pages:
-        """The pages of "train", "validation", "test" or, without pixels, "symbols"."""
+    def pages(self, name: str, pool: Executor | None = None) -> Pages:
+        """The pages of "train", "validation", "test" or, without pixels, "symbols"; drawn by a pool if there is one."""
         level = self.level
         per_task, split, first = {
             "train": (level.train_pages, "train", 0),
@@ -58,17 +61,24 @@ class Workshop:
         }[name]
 
         def make() -> dict[str, Any]:
-            total = per_task * len(self.tasks)
-            with tqdm(total=total, desc=f"pages: {name}", leave=False) as bar:
-                return build_pages(
-                    level,
-                    self.words,
-                    per_task,
-                    split=split,
-                    first=first,
-                    pixels=name != "symbols",
-                    progress=bar.update,
-                ).state()
+            with tqdm(total=per_task * len(self.tasks), desc=f"pages: {name}", leave=False) as bar:
+                pixels = name != "symbols"
+                if pool is None:
+                    pages = build_pages(
+                        level, self.words, per_task, split=split, first=first, pixels=pixels, progress=bar.update
+                    )
+                    return pages.state()
+                starts = range(0, per_task, PART)
+                parts = [
+                    pool.submit(_part, level, min(PART, per_task - start), split, first + start, pixels)
+                    for start in starts
+                ]
+                done = []
+                for part in parts:
+                    state = {key: torch.from_numpy(value) for key, value in part.result().items()}
+                    done.append(Pages.from_state(state))
+                    bar.update(len(done[-1]))
+                return Pages.joined(done).state()
 
         return Pages.from_state(self._kept(f"pages {name}", {"per_task": per_task}, make))
 
@@ -87,6 +97,7 @@ class Workshop:
                     PRETRAINING_SEED,
                     _steps(bar),
                     self.level.device,
+                    self.level.half,
                 )
             return {"model": _weights(model, "vision_tower", True), "accuracy": found}
 
@@ -120,6 +131,7 @@ class Workshop:
                     PRETRAINING_SEED,
                     _steps(bar),
                     self.level.device,
+                    self.level.half,
                     before and before["label_code"],
                 )
             weights = _weights(model, "vision_tower", False)
@@ -137,7 +149,7 @@ class Workshop:
             model = build_model(self.level.shape, len(self.words), PRETRAINING_SEED)
             model.load_state_dict({**model.state_dict(), **self.encoder()["model"]})
             encode(model, self.pages(name), self.level.device).save(path)
-        return Features.load(path)
+        return _features(path)
 
     def world(self, sides: Iterable[int]) -> World:
         """All of it for tokens of such sides, made where it is missing."""
@@ -164,17 +176,39 @@ class Workshop:
 
 def prepare(level: Level, folder: Path, side: int, pool: Executor) -> None:
     """Makes everything for tokens of side x side cells, encoder and decoder side by side."""
-    pool.submit(stage, level, folder, "pages", "symbols").result()
+    workshop = Workshop(level, folder)
+    workshop.pages("symbols", pool)
     decoder = pool.submit(stage, level, folder, "decoder", side)  # and those that it begins from
-    pool.submit(stage, level, folder, "encoder").result()
+    for name in SETS:
+        workshop.pages(name, pool)
+    for name in SETS:
+        pool.submit(stage, level, folder, "features", name).result()  # the first trains the encoder
     decoder.result()
-    pool.submit(stage, level, folder, "world", [side]).result()
+
+
+def settle(level: Level) -> None:
+    """Makes a process ready for a level: its threads, and how exact products of float32 have to be."""
+    torch.set_num_threads(level.threads)
+    if level.half:  # what lies outside of autocast may run in TF32
+        torch.set_float32_matmul_precision("high")
+
+
+def _part(level: Level, per_task: int, split: str, first: int, pixels: bool) -> dict[str, Any]:
+    """Some pages of every task, as arrays, which travel between processes as plain bytes."""
+    pages = build_pages(level, build_words(level), per_task, split=split, first=first, pixels=pixels)
+    return {name: value.numpy() for name, value in pages.state().items()}
 
 
 def stage(level: Level, folder: Path, name: str, *arguments: Any) -> None:
     """Calls a method of the `Workshop`, for what it keeps in the folder."""
-    torch.set_num_threads(level.threads)
+    settle(level)
     getattr(Workshop(level, folder), name)(*arguments)
+
+
+@cache
+def _features(path: Path) -> Features:
+    """Loaded once in a process: the worlds of all ratios share them, and what of them lies on a GPU."""
+    return Features.load(path)
 
 
 def _steps(bar: tqdm[Any]) -> Iterable[tqdm[Any]]:

@@ -36,6 +36,6 @@ def prompts(pages: Pages, tokens: int, index: Tensor, question: int, device: str
     inputs = {
         "input_ids": ids.to(device),
         "attention_mask": (torch.arange(longest) >= padding[:, None]).long().to(device),
-        "pixel_values": pages.pixel_values(index).to(device),
+        "pixel_values": pages.pixel_values(index, device),
     }
     return inputs, torch.tensor(truth, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,10 +27,11 @@ from .claims import DETAIL
 from .insight import look_inside
 from .levels import Level
 from .pages import task_groups
-from .prepare import Workshop, prepare, stage
+from .prepare import Workshop, prepare, settle, stage
 from .rivals import pruned
 from .suites import (
     INTERACTION_NAMES,
+    RATIOS,
     SEARCHED,
     SEARCHED_RATIOS,
     SUITES,
@@ -76,7 +78,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def run_suites(
-    names: Sequence[str], seeds: Sequence[int], level: Level, folder: Path, results: Path, jobs: int
+    names: Sequence[str],
+    seeds: Sequence[int],
+    level: Level,
+    folder: Path,
+    results: Path,
+    jobs: int,
+    ratios: Sequence[int] = RATIOS,
 ) -> None:
     """Runs what is missing of some suites, of the ratios whose decoder reads its tokens (`Level.reads_enough`).
 
@@ -87,15 +95,20 @@ def run_suites(
         folder: Where pages, encoder and decoder are kept.
         results: The file of JSON lines, which grows.
         jobs: Processes side by side.
+        ratios: Compression ratios whose arms are run; those without compression go with the first of `RATIOS`.
 
     Raises:
-        ValueError: a seed that choices are made with.
+        ValueError: a seed that choices are made with, or suites of which no arm has such a ratio.
+        RuntimeError: some runs failed; the lines of the others are written.
     """
     if not all(0 <= seed < TUNING_SEED for seed in seeds):
         raise ValueError(
             f"seeds {list(seeds)}: expected 0..{TUNING_SEED - 1}; from {TUNING_SEED} on they are for choices"
         )
-    sides = sorted({arm.cells for name in names for arm in SUITES[name]})
+    wanted = {math.isqrt(ratio) for ratio in ratios}
+    sides = sorted({arm.cells for name in names for arm in SUITES[name]} & wanted)
+    if not sides:
+        raise ValueError(f"ratios {list(ratios)}: expected one that an arm of {', '.join(names)} has")
     results.parent.mkdir(parents=True, exist_ok=True)
     workshop = Workshop(level, folder)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -103,6 +116,11 @@ def run_suites(
         def run(sides: Sequence[int]) -> None:
             reads = note_stages(workshop, sides, stages_file(results))
             read = {side for side in sides if reads[str(side)][str(side)] >= level.reads_enough}
+            for side in sorted(set(sides) - read):
+                accuracy, least = reads[str(side)][str(side)], level.reads_enough
+                tqdm.write(
+                    f"1/{side**2} is left out: its decoder reads {accuracy:.1%} of new look-ups, not {least:.0%}"
+                )
             choices = [Job(arm, TUNING_SEED) for name in names for arm in choice_arms(name, level)]
             _run_jobs([job for job in choices if job.spec.cells in read], level, folder, results, pool)
             # Seed after seed, so that a run that is stopped has whole seeds.
@@ -110,6 +128,9 @@ def run_suites(
             _run_jobs([job for job in jobs if job.spec.cells in read], level, folder, results, pool)
 
         prepare(level, folder, sides[0], pool)
+        if len(sides) == 1:
+            run(sides)
+            return
         # Each decoder begins from the one before, so that they take one process; the first ratio's arms go beside.
         decoders = pool.submit(stage, level, folder, "decoder", sides[-1])
         run(sides[:1])
@@ -202,14 +223,24 @@ def choosing_mean(line: Mapping[str, Any]) -> float:
 def _run_jobs(wanted: Sequence[Job], level: Level, folder: Path, results: Path, pool: Executor) -> None:
     done = {line["key"] for line in read_lines(results)}
     left = [job for job in wanted if job.key(level) not in done]
+    failed: dict[str, BaseException] = {}
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(left), desc="runs", dynamic_ncols=True)
     with bar, results.open("a", encoding="utf-8") as file:
         running = {pool.submit(run_job, job, level, folder): job for job in left}
         for future in as_completed(running):
+            name = f"{running[future].spec.name}, seed {running[future].seed}"
+            if error := future.exception():  # the other runs do not suffer for it
+                failed[name] = error
+                tqdm.write(f"{name}: {type(error).__name__}: {error}")
+                continue
             file.write(json.dumps(future.result()) + "\n")
             file.flush()
             bar.update()
-            bar.set_postfix_str(f"{running[future].spec.name}, seed {running[future].seed}")
+            bar.set_postfix_str(name)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(left)} runs failed: {'; '.join(failed)}") from next(
+            iter(failed.values())
+        )
 
 
 @cache
@@ -219,7 +250,7 @@ def _world(level: Level, folder: Path, side: int) -> World:
 
 def run_job(job: Job, level: Level, folder: Path) -> dict[str, Any]:
     """One line of the results."""
-    torch.set_num_threads(level.threads)
+    settle(level)
     world = _world(level, folder, job.spec.cells)
     arm, found = run(job.spec, job.seed, world, _silent(level.arm.steps))
     if job.spec.projector is None:
@@ -233,7 +264,7 @@ def run_job(job: Job, level: Level, folder: Path) -> dict[str, Any]:
         "seed": job.seed,
         "recipe": job.spec.recipe(),
         **found,
-        "versions": versions(),
+        "versions": versions(level.device),
     }
 
 
@@ -245,12 +276,14 @@ def _silent(steps: int) -> Iterable[tqdm[Any]]:
             bar.update()
 
 
-def versions() -> dict[str, str]:
-    """What a run depends on besides its recipe."""
+def versions(device: str = "cpu") -> dict[str, str]:
+    """What a run depends on besides its recipe; on a GPU also which one it is."""
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if torch.device(device).type == "cuda" else {}
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "scipy": scipy.__version__,
         "vision_remember": vision_remember.__version__,
+        **gpu,
     }

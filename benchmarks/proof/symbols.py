@@ -21,7 +21,7 @@ from transformers import LlavaForConditionalGeneration
 from examples.demo.schedule import Bars, optimise
 
 from .levels import DecoderRecipe
-from .model import EMBEDDING_STD, TokenPlaces, answer_logits
+from .model import EMBEDDING_STD, TokenPlaces, answer_logits, products
 from .pages import BLANK_LABEL, Pages, read_boards
 from .words import IGNORE, Streams, Words
 
@@ -64,7 +64,9 @@ class PageCode(nn.Module):
         """(B, grid, grid) labels, each token naming cells x cells of them, 1 or `side` -> (B, tokens, width)."""
         side = self.grid // cells
         blocks = labels.view(-1, side, cells, side, cells).transpose(2, 3).reshape(len(labels), side**2, cells**2)
-        content = self.label[blocks.long()] * (blocks != BLANK_LABEL)[..., None]  # empty paper says nothing
+        content = (
+            F.embedding(blocks.long(), self.label) * (blocks != BLANK_LABEL)[..., None]
+        )  # empty paper says nothing
         if cells == 1:
             return self.places(content[:, :, 0])
         return self.places(torch.einsum("bnjd,jde->bne", content, self.get_buffer("turns")))
@@ -181,6 +183,7 @@ def pretrain_decoder(
     seed: int,
     bars: Bars,
     device: str,
+    half: bool,
     label_code: Tensor | None = None,
 ) -> dict[str, Any]:
     """Trains the decoder and the places in place, to read tokens of one cell and of `recipe.side` cells per side.
@@ -196,6 +199,7 @@ def pretrain_decoder(
         seed: Draws the code and the pages.
         bars: The stage's progress bar, once per step.
         device: Where it runs.
+        half: Whether matrix products run in bfloat16.
         label_code: The "label_code" of the stage before, whose decoder and places these are; None for the first.
 
     Returns:
@@ -232,13 +236,15 @@ def pretrain_decoder(
         if curriculum.reads_cells and number % TASKS_EVERY == 0:
             name = f"tasks {cells}x{cells}"
             batch = torch.randint(len(pages), (recipe.batch // 2,), generator=generator)
-            vision, streams = code(pages.labels[batch].to(device), cells), pages.streams[batch]
-            logits, truth = answer_logits(model, vision, streams.to(device))
+            with products(device, half):
+                vision, streams = code(pages.labels[batch].to(device), cells), pages.streams[batch]
+                logits, truth = answer_logits(model, vision, streams.to(device))
         else:
             name = f"look-up {cells}x{cells}"
             shown, filled = (curriculum.shown, 1.0) if cells == 1 else (whole, curriculum.filled)
-            logits, truth = look_up(model, code, lookup, cells, recipe.batch, shown, filled, generator, device)
-        loss = F.cross_entropy(logits, truth)
+            with products(device, half):
+                logits, truth = look_up(model, code, lookup, cells, recipe.batch, shown, filled, generator, device)
+        loss = F.cross_entropy(logits.float(), truth)
         accuracy = (logits.argmax(-1) == truth).float().mean().item()
         if name == learning:
             curriculum.note(accuracy)
@@ -257,7 +263,7 @@ def pretrain_decoder(
     optimise(trained.parameters(), recipe, bars, loss_of_step, after=note)
     model.eval()
     reads = {}
-    with torch.no_grad():
+    with torch.no_grad(), products(device, half):
         for cells in (1, side):
             size = (grid // cells) ** 2
             logits, truth = look_up(model, code, lookup, cells, 4 * recipe.batch, size, 1.0, generator, device)

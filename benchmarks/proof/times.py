@@ -20,7 +20,7 @@ from benchmarks.speed.measure import measure as side_by_side
 
 from .arms import Arm, ArmSpec, build_arm
 from .levels import LEVELS, Level
-from .prepare import Workshop
+from .prepare import Workshop, settle
 from .prompts import prompts
 from .rivals import RIVALS, pruning
 from .runner import versions
@@ -125,9 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     level = LEVELS[options.level]
     results = options.results or RESULTS / f"proof_{options.level}.jsonl"
-    torch.set_num_threads(level.threads)
+    settle(level)
     world = Workshop(level, options.cache).world([recipe.side for recipe in level.decoders])
-    found = {"times": measure(level, world), "versions": versions()}
+    found = {"times": measure(level, world), "versions": versions(level.device)}
     times_file(results).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

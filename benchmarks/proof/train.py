@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from examples.demo.schedule import Bars, optimise
 from .arms import Arm, ArmSpec, Pretrained, build_arm
 from .encoder import Features
 from .levels import Level
-from .model import answer_logits
+from .model import answer_logits, products
 from .pages import Pages
 from .words import Streams, Words
 
@@ -59,7 +58,7 @@ class World:
 def arm_logits(arm: Arm, data: Set, index: Tensor, device: str, half: bool) -> tuple[Tensor, Tensor, Streams]:
     """Logits and right words where some pages' questions are answered, and the questions."""
     streams = data.pages.streams[index].to(device)
-    with torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext():
+    with products(device, half):
         vision = arm.vision_tokens(data.features, index, device)
         length = arm.tokens + streams.tokens.shape[1]
         options = arm.options(data.features, index, length, device)

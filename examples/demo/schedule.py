@@ -14,6 +14,9 @@ from tqdm import tqdm
 _WHOLE_FORMAT = "{desc:<32} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
 _STAGE_FORMAT = "{desc:<32} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
+SHOWN_EVERY = 10
+"""Steps on a GPU between two losses that a bar shows."""
+
 Bars: TypeAlias = "Iterable[tqdm[Any]]"
 """A stage's progress bar, once per step."""
 
@@ -85,9 +88,12 @@ def optimise(
         The loss of every step.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    on_gpu = trained[0].is_cuda
+    optimizer = torch.optim.AdamW(
+        trained, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=on_gpu or None
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
-    losses = []
+    losses: list[Tensor] = []
     for step, bar in enumerate(bars):
         loss = loss_of_step()
         optimizer.zero_grad(set_to_none=True)
@@ -95,7 +101,8 @@ def optimise(
         nn.utils.clip_grad_norm_(trained, recipe.clip)
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
-        bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+        losses.append(loss.detach())
+        if not on_gpu or step % SHOWN_EVERY == 0:  # to read a number is to wait for the GPU
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
         after(step)
-    return losses
+    return [loss.item() for loss in losses]
