@@ -115,11 +115,11 @@ GPU = Level(
     test_pages=48,
     encoder=Recipe(steps=700, batch=32, lr=1e-3, warmup=80),
     decoders=(
-        DecoderRecipe(side=2, steps=2500, batch=64, lr=5e-4, warmup=60),
+        DecoderRecipe(side=2, steps=2000, batch=64, lr=5e-4, warmup=60),
         DecoderRecipe(side=3, steps=5000, batch=64, lr=5e-4, warmup=60),
         DecoderRecipe(side=4, steps=8000, batch=64, lr=5e-4, warmup=60),
     ),
-    arm=Recipe(steps=500, batch=32, lr=5e-4),
+    arm=Recipe(steps=400, batch=32, lr=5e-4),
     check_every=100,
     device="cuda",
     half=True,
