@@ -121,3 +121,15 @@ def test_a_cuda_graph_holds_the_whole_prefill(options: dict[str, Any]) -> None:
         inputs["pixel_values"].normal_()
         graph.replay()
         torch.testing.assert_close(captured, model(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("learning", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_autocast_comes_close(options: dict[str, Any], learning: bool) -> None:
+    model = attached(**options).cuda()
+    inputs = prefill_inputs(model)
+    with torch.set_grad_enabled(learning):
+        exact = model(**inputs, labels=inputs["input_ids"]).loss
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**inputs, labels=inputs["input_ids"]).loss
+    torch.testing.assert_close(loss, exact, atol=0.1, rtol=0.05, check_dtype=False)

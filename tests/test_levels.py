@@ -139,6 +139,19 @@ def test_a_linear_layer_sums_the_products_of_levels() -> None:
     torch.testing.assert_close(linear(levels), F.linear(torch.cat(levels, -1), linear.weight, linear.bias))
 
 
+@pytest.mark.parametrize("learning", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_layer_over_levels_works_under_autocast(dtype: torch.dtype, learning: bool) -> None:
+    linear = LevelLinear(sum(UNEQUAL), 5)
+    levels = [torch.randn(2, 6, width).to(dtype) for width in UNEQUAL]
+    with torch.set_grad_enabled(learning):
+        exact = linear([level.float() for level in levels])
+        with torch.autocast("cpu", torch.bfloat16):
+            apart, joined = linear(levels), linear(torch.cat(levels, dim=-1))
+    assert apart.dtype == joined.dtype == torch.bfloat16
+    torch.testing.assert_close(apart.float(), exact, rtol=0.02, atol=0.02)
+
+
 @every_interaction
 def test_the_state_dict_does_not_know_how_levels_come(interaction: str) -> None:
     shapes = {k: x.shape for k, x in build(interaction, level_dims=None, num_levels=3).state_dict().items()}

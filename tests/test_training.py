@@ -110,6 +110,9 @@ def test_autocast_trains_float32_blocks() -> None:
     exact = model(**inputs, labels=inputs["input_ids"]).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(**inputs, labels=inputs["input_ids"]).loss
+        with torch.no_grad():
+            evaluated = model(**inputs, labels=inputs["input_ids"]).loss
     torch.testing.assert_close(loss, exact, atol=0.1, rtol=0.05, check_dtype=False)
+    torch.testing.assert_close(evaluated, loss.detach(), atol=0.05, rtol=0.05)
     loss.backward()
     assert all(p.grad.dtype == torch.float32 for n, p in model.named_parameters() if "vision_remember" in n)
