@@ -357,7 +357,7 @@ def _options(query: Tensor, value: Tensor, saliency: Tensor | None, bias: Tensor
         "D_PADDED": _power_of_two(D),
         "DV": DV,
         "DV_PADDED": _power_of_two(DV),
-        # Rows of an odd width are read number by number; four of them at once would not fit the registers.
+        # Rows that are no power of two wide are read number by number; four at once would not fit the registers.
         "UNROLLED": 4 if _power_of_two(D) == D and _power_of_two(DV) == DV else 1,
     }
 
