@@ -311,24 +311,24 @@ def prepare_together(
             alike.setdefault((*reader.arrangement, own_dtype, as_it_lies), {})[number] = reader
     for (*_, dtype, as_it_lies), readers in alike.items():
         own = list(readers.values())
+        cast = [level.to(dtype) for level in features]
+        made: list[Any]
         if as_it_lies:
-            # With gradients each block's own call projects the levels.
-            if not learning:
-                cast = [level.to(dtype) for level in features]
-                rasters = SELA.project_rasters(own, cast, saliency, feature_grid=feature_grid)
-                for number, raster in zip(readers, rasters, strict=True):
-                    prepared[number] = raster
-            continue
-        cells = own[0].region_cells(
-            [level.to(dtype) for level in features],
-            None if saliency is None else saliency.to(dtype, memory_format=torch.contiguous_format),
-            feature_grid=feature_grid,
-            token_grid=token_grid,
-        )
-        if cells is not None:
+            raster = own[0].raster_cells(cast, saliency, feature_grid=feature_grid)
+            # The bank of weights that stand side by side has no gradients.
+            made = [raster] * len(readers) if learning else SELA.project_rasters(own, raster)
+        else:
+            cells = own[0].region_cells(
+                cast,
+                None if saliency is None else saliency.to(dtype, memory_format=torch.contiguous_format),
+                feature_grid=feature_grid,
+                token_grid=token_grid,
+            )
+            if cells is None:
+                continue
             made = [cells] * len(readers) if learning else SELA.project_together(own, cells)
-            for number, regions in zip(readers, made, strict=True):
-                prepared[number] = regions
+        for number, own_part in zip(readers, made, strict=True):
+            prepared[number] = own_part
     return prepared
 
 

@@ -17,7 +17,7 @@ from vision_remember import VisionRemember, attach_vision_remember
 from vision_remember.grid import Grid
 from vision_remember.memory import Recall, Span, VisionMemory
 from vision_remember.ops import triton_kernels, triton_local_attention, triton_row_kernels
-from vision_remember.remember import prepare_together
+from vision_remember.remember import lay_weights_side_by_side, prepare_together
 
 WIDTH, LEVEL = 32, 8
 EVEN, UNEVEN = ((3, 4), (6, 8)), ((3, 4), (5, 7))
@@ -192,14 +192,31 @@ def test_a_part_of_the_tokens_is_gathered_and_scattered_plainly() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
-def test_blocks_that_learn_have_the_gradients_of_plain_ones() -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 2}, {"fusion": "tokens"}, {"fusion": "mix"}, {"feature_norm": "joint"}], ids=str
+)
+def test_blocks_that_learn_have_the_gradients_of_plain_ones(options: dict[str, Any]) -> None:
     memory, hidden, places = problem(EVEN)
     found = []
     for backend in ("triton", "windowed"):
-        blocks, stream = blocks_of(backend), hidden.clone().requires_grad_()
+        blocks, stream = blocks_of(backend, **options), hidden.clone().requires_grad_()
+        lay_weights_side_by_side(blocks)
         through(blocks, memory.recall_images([0, 1], places), stream).square().sum().backward()
         found.append([stream.grad, *(p.grad for block in blocks for p in block.parameters())])
+    assert all(gradient is not None for gradient in found[0])
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_that_learn_share_what_has_no_weights() -> None:
+    """Levels are joined and normalised once for both blocks, and each has two products over all levels."""
+    blocks = blocks_of("triton")
+    memory, hidden, places = problem(EVEN)
+    with Launches() as launches:
+        through(blocks, memory.recall_images([0, 1], places), hidden)
+    assert launches.names.count("aten.cat.default") == launches.names.count("aten.native_layer_norm.default") == 1
+    cells = launches.names.count("aten.mm.default")
+    assert cells == 2 * 2, launches.names
+    assert launches.names.count("vision_remember.local_attention.default") == 2
 
 
 @torch.no_grad()

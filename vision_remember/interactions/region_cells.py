@@ -83,6 +83,20 @@ class PreparedRegions(NamedTuple):
         _check(self.key, self.token_grid, tokens, token_grid, window)
 
 
+class RasterCells(NamedTuple):
+    """The normalised cells of B images where they lie, their levels joined, for all readers of one arrangement.
+
+    Attributes:
+        features: (B, H*W, C).
+        saliency: (B, H*W), or None.
+        feature_grid: (H, W).
+    """
+
+    features: Tensor
+    saliency: Tensor | None
+    feature_grid: Grid
+
+
 class PreparedRaster(NamedTuple):
     """Keys and values of B images where they lie, for kernels that find the regions themselves; M = H*W, times the
     levels with fusion "tokens".

@@ -16,7 +16,13 @@ from vision_remember.interactions.cross_attention import CrossAttention
 from vision_remember.interactions.fusion import Concat
 from vision_remember.interactions.levels import FeatureNorm, Features, LevelLinear, is_plain, split_levels
 from vision_remember.interactions.parts import attention_width, head_count, split_heads
-from vision_remember.interactions.region_cells import PreparedRaster, PreparedRegions, RegionCells, regions_between
+from vision_remember.interactions.region_cells import (
+    PreparedRaster,
+    PreparedRegions,
+    RasterCells,
+    RegionCells,
+    regions_between,
+)
 from vision_remember.ops import BACKENDS, local_attention, region_bias
 from vision_remember.ops.triton_local_attention import kernels_suit, triton_local_attention
 from vision_remember.ops.windowed import attend_regions, merge_query_blocks, split_query_blocks
@@ -177,28 +183,33 @@ class SELA(CrossAttention):
                 return [PreparedRegions(key, value, cells.token_grid) for key, value in made]
         return [reader.project_regions(cells) for reader in readers]
 
-    @staticmethod
-    def project_rasters(
-        readers: Sequence[SELA], levels: Sequence[Tensor], saliency: Tensor | None, *, feature_grid: Grid
-    ) -> list[PreparedRaster]:
-        """Keys and values of each, of cells that stay in raster order; for readers of one arrangement.
+    def raster_cells(self, levels: Sequence[Tensor], saliency: Tensor | None, *, feature_grid: Grid) -> RasterCells:
+        """What of the preparation for kernels needs no weights: one product for all levels is worth a copy that joins
+        them, once for all readers, also where gradients of the weights are wanted.
 
         Args:
-            readers: those that :meth:`reads_rasters`.
             levels: one (B, H*W, c) each.
             saliency: (B, H*W), or None.
             feature_grid: (H, W).
         """
-        features = readers[0].fusion.norm(torch.cat(list(levels), dim=-1))
-        made = _by_one_product(readers, features, None)
+        features = self.fusion.norm(torch.cat(list(levels), dim=-1))
+        return RasterCells(features, saliency, (feature_grid[0], feature_grid[1]))
+
+    def project_raster(self, cells: RasterCells) -> PreparedRaster:
+        """Keys and values of cells that stay in raster order."""
+        key, value = self.keys_and_values(self.fusion.fuse(cells.features), None)[:2]
+        return PreparedRaster(key, value, self._saliency_of_keys(cells), cells.feature_grid)
+
+    @staticmethod
+    def project_rasters(readers: Sequence[SELA], cells: RasterCells) -> list[PreparedRaster]:
+        """:meth:`project_raster` of each; by one product where the weights stand side by side. Without gradients."""
+        made = _by_one_product(readers, cells.features, None)
         if made is None:
-            made = [reader.keys_and_values(reader.fusion.fuse(features), None)[:2] for reader in readers]
-        prepared = []
-        for reader, (key, value) in zip(readers, made, strict=True):
-            copies = reader.fusion.key_levels
-            own = saliency if saliency is None or copies == 1 else saliency.repeat(1, copies)
-            prepared.append(PreparedRaster(key, value, own, (feature_grid[0], feature_grid[1])))
-        return prepared
+            return [reader.project_raster(cells) for reader in readers]
+        return [
+            PreparedRaster(key, value, reader._saliency_of_keys(cells), cells.feature_grid)
+            for reader, (key, value) in zip(readers, made, strict=True)
+        ]
 
     def read_raster(self, tokens: Tensor, prepared: PreparedRaster, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
         """(B, h*w, D) tokens -> (B, h*w, width), what :meth:`attend` gives to the output projection."""
@@ -219,6 +230,8 @@ class SELA(CrossAttention):
 
     def attend(self, tokens: Tensor, prepared: Any, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
         """The tokens' updates; see :meth:`Interaction.attend`."""
+        if isinstance(prepared, RasterCells):
+            prepared = self.project_raster(prepared)
         if isinstance(prepared, PreparedRaster):
             return self.vr_out(self.read_raster(tokens, prepared, token_grid=token_grid, feature_grid=feature_grid))
         if isinstance(prepared, RegionCells) and not prepared.fused:
@@ -253,6 +266,10 @@ class SELA(CrossAttention):
             bias=self._bias(query, token_grid, feature_grid),
             backend=self.backend,
         )
+
+    def _saliency_of_keys(self, cells: RasterCells) -> Tensor | None:
+        copies = self.fusion.key_levels
+        return cells.saliency if cells.saliency is None or copies == 1 else cells.saliency.repeat(1, copies)
 
     def _bias(self, query: Tensor, token_grid: Grid, feature_grid: Grid) -> Tensor | None:
         if self.position is None:
