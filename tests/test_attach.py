@@ -90,7 +90,8 @@ def test_a_layer_reads_what_a_loop_over_the_images_computes(decoder: str, encode
                 saliency=saliency[image : image + 1],
             )
         expected[rows[:, 0], rows[:, 1]] = tokens[0]
-    torch.testing.assert_close(remembered, expected, atol=1e-5, rtol=1e-5)
+    # Float32 through a whole decoder, whose last bits differ from one version of transformers to the next.
+    torch.testing.assert_close(remembered, expected, atol=2e-5, rtol=1e-5)
     text = inputs["input_ids"] != IMAGE_TOKEN
     assert torch.equal(remembered[text], plain[text])
     assert not torch.allclose(remembered, plain, atol=0.1)
