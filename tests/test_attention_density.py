@@ -227,7 +227,7 @@ def test_the_model_and_the_tables_are_as_before(fails: bool) -> None:
 @pytest.mark.parametrize("decoder", ["qwen2", "gemma2"])
 def test_the_outputs_of_a_pass_that_is_read_are_those_of_any_other(decoder: str) -> None:
     model, inputs = model_and_inputs(decoder)
-    if decoder == "gemma2":  # transformers before 5.23 runs it on a kernel that leaves its soft cap out
+    if decoder == "gemma2":  # older transformers run it on a kernel that leaves its soft cap out
         model.set_attn_implementation("eager")
     with torch.no_grad():
         expected = model(**inputs).logits

@@ -348,7 +348,11 @@ def _reader_at_hand(block: nn.Module, device: torch.device) -> SELA | None:
         return None
     if block.interaction._forward_pre_hooks or block.interaction._forward_hooks:
         return None  # hooks are to see what the call documents: the levels
-    # In shards they are no plain parameters, and offloaded they are on no device that computes.
-    here = all(isinstance(p, nn.Parameter) and not hasattr(p, "device_mesh") for p in block.parameters())
-    here = here and all(p.device == device for p in block.parameters())
-    return block.interaction if here else None
+    return block.interaction if all(_is_at_hand(p, device) for p in block.parameters()) else None
+
+
+def _is_at_hand(parameter: Tensor, device: torch.device) -> bool:
+    """Whether a parameter is whole, which in shards it is not, and on this device, which offloaded it is not."""
+    whole = type(parameter) is nn.Parameter
+    whole = whole or (isinstance(parameter, nn.Parameter) and not hasattr(parameter, "device_mesh"))
+    return whole and parameter.device == device
