@@ -42,9 +42,9 @@ class Choices:
     def of(
         cls,
         adapter: str | None,
-        layers: str,
+        layers: str | None,
         levels: str | None,
-        preset: str,
+        preset: str | None,
         assignments: list[str] | None,
         projector: str | None,
         ratio: int,
@@ -54,7 +54,7 @@ class Choices:
         Raises:
             ValueError: one that cannot be read, or fresh blocks and an adapter asked for together.
         """
-        fresh = layers != LAYERS or levels is not None or preset != "default" or assignments or projector is not None
+        fresh = assignments or any(given is not None for given in (layers, levels, preset, projector))
         if adapter is not None and fresh:
             raise ValueError(
                 "--adapter brings its own configuration: leave out --layers, --levels, --preset, --set and --projector"
@@ -65,26 +65,31 @@ class Choices:
             adapter,
             numbers(layers, "--layers"),
             numbers(levels, "--levels"),
-            preset,
+            preset or "default",
             overrides(assignments),
             projector,
             ratio,
         )
 
 
-LAYERS, RATIO = "1,4", 4
+RATIO = 4
 """What the commands take if nothing is said."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Repository id of the Hugging Face hub, or a folder.")]
-Layers = Annotated[str, typer.Option(help="Decoder layers before which a block runs, counted from 0.")]
+Layers = Annotated[
+    str | None, typer.Option(help="Decoder layers before which a block runs, counted from 0; 1,4 if not given.")
+]
 Levels = Annotated[
     str | None,
     typer.Option(help="Encoder levels (hidden_states indices); the paper's 13, 18, 23 of 24, scaled, if not given."),
 ]
-Preset = Annotated[str, typer.Option(help='"default" starts as an identity, "paper" is the paper as printed.')]
+Preset = Annotated[
+    str | None,
+    typer.Option(help='"default", which starts as an identity, or "paper", as printed; "default" if not given.'),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(

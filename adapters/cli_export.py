@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from vision_remember.adapters.cli_common import (
-    LAYERS,
     RATIO,
     Adapter,
     AsJson,
@@ -44,9 +43,9 @@ def export_command(
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Largest difference that passes the check.")] = 1e-3,
     adapter: Adapter = None,
-    layers: Layers = LAYERS,
+    layers: Layers = None,
     levels: Levels = None,
-    preset: Preset = "default",
+    preset: Preset = None,
     assignments: Set = None,
     projector: ProjectorName = None,
     ratio: Ratio = RATIO,

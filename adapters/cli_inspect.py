@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vision_remember.adapters.cli_common import (
-    LAYERS,
     RATIO,
     Adapter,
     AsJson,
@@ -32,9 +31,9 @@ if TYPE_CHECKING:
 @helpful
 def inspect_command(
     model: Model,
-    layers: Layers = LAYERS,
+    layers: Layers = None,
     levels: Levels = None,
-    preset: Preset = "default",
+    preset: Preset = None,
     assignments: Set = None,
     projector: ProjectorName = None,
     ratio: Ratio = RATIO,

@@ -37,7 +37,8 @@ def load_config(name: str, revision: str | None) -> Any:
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except OSError as error:
-        raise ValueError(f"{name}: {first_line(error)}") from error
+        where = name if _is_path(name) else f"{name} is no folder here, and as a repository of the hub"
+        raise ValueError(f"{where}: {first_line(error)}") from error
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ValueError(f"{name} is a {config.model_type!r}, which is no image-text-to-text model of transformers")
     return config

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from vision_remember.adapters.cli_common import (
-    LAYERS,
     RATIO,
     Adapter,
     AsJson,
@@ -42,9 +41,9 @@ def report_command(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 64,
     adapter: Adapter = None,
-    layers: Layers = LAYERS,
+    layers: Layers = None,
     levels: Levels = None,
-    preset: Preset = "default",
+    preset: Preset = None,
     assignments: Set = None,
     projector: ProjectorName = None,
     ratio: Ratio = RATIO,

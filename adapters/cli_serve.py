@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from vision_remember.adapters.cli_common import (
-    LAYERS,
     RATIO,
     Adapter,
     Choices,
@@ -30,9 +29,9 @@ def serve_command(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     adapter: Adapter = None,
-    layers: Layers = LAYERS,
+    layers: Layers = None,
     levels: Levels = None,
-    preset: Preset = "default",
+    preset: Preset = None,
     assignments: Set = None,
     projector: ProjectorName = None,
     ratio: Ratio = RATIO,

@@ -33,10 +33,10 @@ class CompressionHandle:
         self._feature_grid = parts.feature_grid
         self._model, self._path = parts.model, parts.spec.projector
         self._original = find_module(parts.model, parts.spec.projector, "projector")
-        self._config: Any = parts.model.config
+        self._config: Any = getattr(parts.model, "config", None)
         self._own_layer = getattr(self._config, "vision_feature_layer", None)
         depth = len(list(find_module(parts.encoder, parts.encoder_spec.layers, "blocks").children()))
-        self._layer = list(scale_levels(projector.encoder_levels, depth)) or self._own_layer
+        self._layers = list(scale_levels(projector.encoder_levels, depth))
         self._patch_size = None if parts.spec.plain else PatchSize(parts.base, self.token_grid)
         self._processor = processor
         self._count = None if processor is None else PlaceholderCount.read(processor)
@@ -45,7 +45,8 @@ class CompressionHandle:
         """Puts the projector and the processor's count in place: both, or neither if anything fails."""
         try:
             _replace(self._model, self._path, self.projector)
-            self._config.vision_feature_layer = self._layer
+            if self._layers:
+                self._config.vision_feature_layer = self._layers
             if self._patch_size is not None:
                 self._patch_size.install()
             self._tell_processor()
@@ -113,7 +114,8 @@ class CompressionHandle:
         if self._patch_size is not None:
             self._patch_size.uninstall()
         _replace(self._model, self._path, self._original)
-        self._config.vision_feature_layer = self._own_layer
+        if self._layers:
+            self._config.vision_feature_layer = self._own_layer
         if self._count is not None:
             self._count.write(self._processor)
 
@@ -184,6 +186,9 @@ def _check_host(parts: HostParts) -> None:
         raise ValueError(f"{name} packs tiles in a way of its own; it cannot be compressed")
     if parts.projector is None or parts.feature_grid is None:
         raise ValueError(f"{name} has no projector of its own for images of one size; it cannot be compressed yet")
+    if parts.feature_grid[0] != parts.feature_grid[1]:
+        grid = f"{parts.feature_grid[0]}x{parts.feature_grid[1]}"
+        raise ValueError(f"{name} hands its projector {grid} cells without their grid; only a square can be compressed")
     if geometry is not None and geometry.cells != (1, 1):
         raise ValueError(f"the projector of {name} makes fewer tokens than there are cells already")
 
@@ -209,7 +214,7 @@ def _build(parts: HostParts, name: str, ratio: int | None, out_grid: Grid | None
         raise ValueError(f"{type(original).__name__} has no parameters to tell the features' width from")
     like = next(iter(weights.values()))
     projector = new_projector(parts, name, ratio=ratio, out_grid=out_grid, **options)
-    if projector.encoder_levels and not hasattr(parts.model.config, "vision_feature_layer"):
+    if projector.encoder_levels and not hasattr(getattr(parts.model, "config", None), "vision_feature_layer"):
         raise ValueError(
             f"projector {name!r} reads several encoder levels, which {type(parts.model).__name__} cannot give"
         )
@@ -227,7 +232,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _level_width(parts: HostParts, *, joined: bool) -> int:
     """C, width of one level; ``joined``: of what the host gives to its own projector, which may be several levels."""
-    layer = getattr(parts.model.config, "vision_feature_layer", -1)
+    layer = getattr(getattr(parts.model, "config", None), "vision_feature_layer", -1)
     return level_width(parts.encoder, parts.encoder_spec) * (
         len(layer) if joined and isinstance(layer, (list, tuple)) else 1
     )

@@ -181,6 +181,8 @@ def test_export_of_untrained_blocks_is_checked_with_random_weights(saved: dict[s
             "--adapter brings its own configuration",
         ),
         (("inspect", "{bare}", "--adapter", "{adapter}", "--layers", "2"), "leave out --layers, --levels"),
+        (("inspect", "{bare}", "--adapter", "{adapter}", "--layers", "1,4"), "leave out --layers, --levels"),
+        (("inspect", "{bare}", "--adapter", "{adapter}", "--preset", "default"), "leave out --layers, --levels"),
         (("inspect", "{bare}", "--set", "layers=[1]"), "--set layers: expected --layers"),
         (("inspect", "{bare}", "--set", "levels=[1]"), "--set levels: expected --levels"),
         (("inspect", "{bare}", "--set", "preset=paper"), "--set preset: expected --preset"),
@@ -209,6 +211,15 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert message in last
     assert "Traceback" not in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_neither_folder_nor_repository_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_connection(*_: Any, **__: Any) -> None:
+        raise OSError("could not connect\nto the hub")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", no_connection)
+    expected = "Error: nowhere is no folder here, and as a repository of the hub: could not connect\n"
+    assert run("inspect", "nowhere", code=2).stderr == expected
 
 
 def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +256,7 @@ def test_an_attached_model_is_what_a_server_answers_with(saved: dict[str, Path])
     from vision_remember.adapters.cli_common import Choices
     from vision_remember.adapters.serve import attaching
 
-    choices = Choices.of(str(saved["adapter"]), "1,4", None, "default", None, None, 4)
+    choices = Choices.of(str(saved["adapter"]), None, None, None, None, None, 4)
     plain = model_manager.ModelManager
     with attaching(choices):
         manager = model_manager.ModelManager(device="cpu", dtype="float32")

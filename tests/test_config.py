@@ -75,12 +75,17 @@ def test_fields_are_given_by_name() -> None:
         VisionRememberConfig((1, 4))  # type: ignore[call-arg]
 
 
+def fields_of_blocks() -> set[str]:
+    """Those that some interaction has an option for."""
+    return {option for name in INTERACTIONS for option in interaction_options(name)} & set(OTHER_VALUES)
+
+
 @pytest.mark.parametrize("interaction", INTERACTIONS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_makes_a_block_of_every_interaction(name: str, interaction: str) -> None:
-    choices: dict[str, Any] = {"interaction": interaction}
-    if "query_layers" not in interaction_options(interaction):
-        choices["query_layers"] = 1  # the paper's two are of a query that this one does not have
+    lacking = set(PRESETS[name]) & fields_of_blocks() - set(interaction_options(interaction))
+    # the paper's two query layers, say, are of a query that not every interaction has
+    choices = {"interaction": interaction, **{field: getattr(VisionRememberConfig(), field) for field in lacking}}
     config = VisionRememberConfig.from_preset(name, **choices)
     assert config == VisionRememberConfig(**{**PRESETS[name], **choices})
     block = VisionRemember.from_config(config, 16, 24, num_levels=3)
@@ -109,9 +114,7 @@ def test_every_field_that_an_interaction_has_reaches_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", INTERACTIONS)
 def test_a_field_that_an_interaction_lacks_is_an_error_once_it_is_set(name: str) -> None:
-    known = interaction_options(name)
-    of_blocks = {option for other in INTERACTIONS for option in interaction_options(other)} & set(OTHER_VALUES)
-    for field in of_blocks - set(known):
+    for field in fields_of_blocks() - set(interaction_options(name)):
         config = VisionRememberConfig(**{field: OTHER_VALUES[field]}, interaction=name)
         with pytest.raises(ValueError, match=f"{field}=.*interaction '{name}' has no such option"):
             VisionRemember.from_config(config, 16, 24)

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from tests.fingerprint import Fingerprint
 from tests.hosts import DECODER_CONFIGS, ENCODER_CONFIGS, IMAGE_TOKEN, randomise
-from vision_remember import MLLMSpec, attach_vision_remember, detach_vision_remember, load_vision_remember
+from vision_remember import (
+    MLLMSpec,
+    attach_vision_remember,
+    compress_projector,
+    detach_vision_remember,
+    load_vision_remember,
+)
 
 SPEC = MLLMSpec(
     name="mine",
@@ -160,3 +166,37 @@ def test_save_and_load(tmp_path: Path) -> None:
     handle.save_pretrained(tmp_path)
     load_vision_remember(fresh, tmp_path)
     assert torch.equal(logits(fresh, **inputs()), logits(model, **inputs()))
+
+
+class TokenPerCell(Mine):
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        return self.bridge(self.eyes(pixel_values).last_hidden_state[:, 1:])
+
+
+def test_its_projector_is_compressed_saved_and_restored(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = TokenPerCell().eval()
+    before, fresh = Fingerprint(model), copy.deepcopy(model)
+    compression = compress_projector(model, None, "adaptive_avg_pool", ratio=4, spec=SPEC)
+    handle = attach_vision_remember(model, [1, 3], spec=SPEC)
+    randomise(handle)
+    expected = logits(model, **inputs())
+    handle.save_pretrained(tmp_path)
+    compress_projector(
+        fresh, None, "adaptive_avg_pool", ratio=4, spec=SPEC
+    )  # without a processor loading leaves it to us
+    load_vision_remember(fresh, tmp_path)
+    assert torch.equal(logits(fresh, **inputs()), expected)
+    handle.detach()
+    compression.restore()
+    before.check(model)
+    assert not hasattr(model, "config")
+
+
+def test_cells_that_form_no_square_are_not_compressed() -> None:
+    model = TokenPerCell()
+    model.eyes.config.image_size = (32, 64)
+    before = Fingerprint(model)
+    with pytest.raises(ValueError, match="TokenPerCell hands its projector 8x16 cells without their grid"):
+        compress_projector(model, None, "adaptive_avg_pool", ratio=4, spec=SPEC)
+    before.check(model)

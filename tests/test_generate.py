@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.hosts import (
     IMAGE_TOKEN,
@@ -146,6 +147,30 @@ def test_decode_steps_run_no_block() -> None:
     plain = build("qwen2", "clip", attached=False)
     expected = plain.generate(**batch(plain), **COMMON, return_dict_in_generate=True).past_key_values
     assert [layer.keys.shape for layer in cached.layers] == [layer.keys.shape for layer in expected.layers]
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def test_a_decode_step_runs_no_operation_more() -> None:
+    made = {}
+    for attached in (False, True):
+        model = build("qwen2", "clip", attached=attached)
+        with torch.no_grad():
+            with Operations() as prefill:
+                cache = model(**batch(model), use_cache=True).past_key_values
+            with Operations() as step:
+                model(input_ids=torch.tensor([[7]] * len(cache.layers[0].keys)), past_key_values=cache, use_cache=True)
+        made[attached] = prefill.names, step.names
+    assert len(made[True][0]) > len(made[False][0])
+    assert made[True][1] == made[False][1]
 
 
 def test_images_encoded_ahead_give_the_same_logits() -> None:

@@ -97,7 +97,9 @@ class Widest(TorchDispatchMode):
 def test_no_tensor_is_made_that_holds_all_levels(interaction: str, fusion: str, feature_norm: str) -> None:
     """The attention is narrow here, so that a tensor as large as the joined features could be nothing else."""
     widths, grids = (64, 64, 64), ((3, 3), (24, 24))
-    narrow = {"attn_dim": 8, **({"num_heads": 1} if "num_heads" in interaction_options(interaction) else {})}
+    narrow = {
+        name: n for name, n in {"attn_dim": 8, "num_heads": 1}.items() if name in interaction_options(interaction)
+    }
     module = build(interaction, widths, fusion=fusion, feature_norm=feature_norm, **narrow)
     levels, arguments = levels_of(widths, grids[1], batch=1), arguments_for(grids, batch=1)
     joined = torch.cat(levels, -1)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vision_remember import INTERACTIONS, VisionRemember, VisionRememberConfig
 from vision_remember.grid import Grid
+from vision_remember.interactions import interaction_options
 
 D, C = 16, 24
 EVEN: tuple[Grid, Grid] = ((4, 6), (8, 12))
@@ -61,7 +62,9 @@ def test_the_default_is_an_exact_identity(
 @pytest.mark.parametrize("interaction", [name for name, kind in INTERACTIONS.items() if kind.reads_tokens])
 def test_the_paper_preset_is_no_identity(interaction: str) -> None:
     torch.manual_seed(0)
-    config = VisionRememberConfig.from_preset("paper", interaction=interaction)
+    lacking = {"attn_dim", "query_layers", "output_layers"} - set(interaction_options(interaction))
+    default = {field: getattr(VisionRememberConfig(), field) for field in lacking}
+    config = VisionRememberConfig.from_preset("paper", interaction=interaction, **default)
     module = VisionRemember.from_config(config, D, C)
     arguments = image()
     changed = (module(**arguments) != arguments["tokens"]).any(-1)

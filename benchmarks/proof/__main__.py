@@ -16,7 +16,9 @@ CACHE = Path("build/proof")
 def main(arguments: list[str] | None = None) -> None:
     """Reads the command line and runs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.proof", description=__doc__)
-    parser.add_argument("--suite", choices=[*SUITES, "all"], nargs="+", default=["all"], help="tables of the paper")
+    parser.add_argument(
+        "--suite", choices=[*SUITES, "all"], nargs="+", default=["all"], help="tables of the paper (all)"
+    )
     parser.add_argument("--seeds", type=int, default=2, help="how many, from 0 (default: %(default)s)")
     parser.add_argument(
         "--ratios", type=int, choices=RATIOS, nargs="+", default=list(RATIOS), help="cells per token (default: all)"

@@ -28,10 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The entry; see ``--help``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("--suite", choices=SUITES, action="append", help="may be given several times; all without it")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (%(default)s)")
     parser.add_argument("--repeats", type=int, default=11, help="interleaved repeats (11)")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU (1)")
-    parser.add_argument("--decoder", choices=DECODERS, action="append", default=[], help="for ttft")
+    parser.add_argument(
+        "--decoder",
+        choices=DECODERS,
+        action="append",
+        default=[],
+        help="for ttft; may be given several times (Qwen2-0.5B)",
+    )
     parser.add_argument("--arm", action="append", default=[], help="for ttft: measure these beside the first, not all")
     parser.add_argument("--small", action="store_true", help="miniature sizes, to see that a suite runs")
     parser.add_argument("--graphs", action="store_true", help="on a GPU, time replays of CUDA graphs, not calls")
