@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections import Counter
 from typing import Any
@@ -205,6 +206,23 @@ def test_blocks_that_learn_have_the_gradients_of_plain_ones(options: dict[str, A
         found.append([stream.grad, *(p.grad for block in blocks for p in block.parameters())])
     assert all(gradient is not None for gradient in found[0])
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_that_learn_in_half_precision_take_saliency_as_it_is() -> None:
+    """Float16 blocks and levels under a float32 map, as a model in half precision has them."""
+    memory, hidden, places = problem(EVEN)
+    found = []
+    for backend, dtype in (("triton", torch.float16), ("windowed", torch.float32)):
+        blocks = [block.to(dtype) for block in blocks_of(backend)]
+        narrow = dataclasses.replace(memory, levels=tuple(level.to(dtype) for level in memory.levels))
+        stream = hidden.to(dtype).requires_grad_()
+        through(blocks, narrow.recall_images([0, 1], places), stream).float().square().sum().backward()
+        found.append([stream.grad, *(p.grad for block in blocks for p in block.parameters())])
+    for half, full in zip(*found, strict=True):
+        assert half is not None
+        assert full is not None
+        assert half.dtype == torch.float16
+        assert (half.float() - full).norm() < 5e-3 * full.norm()
 
 
 def test_blocks_that_learn_share_what_has_no_weights() -> None:
