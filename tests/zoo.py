@@ -26,8 +26,10 @@ _CROSS, _OWN_CODE = "looks at images by cross-attention", "they reach the langua
 _NO_ENCODER, _GENERATE = "names no encoder", r"has a generate\(\) of its own"
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("evolla", "idefics", "mllama", "pix2struct"), _CROSS),
-    **dict.fromkeys(("blip", "diffusion_gemma", "git", "instructblipvideo", "mistral4", "pi0"), _OWN_CODE),
-    # since transformers 5.24 they have get_image_features
+    **dict.fromkeys(
+        ("blip", "diffusion_gemma", "git", "instructblipvideo", "kosmos-2", "kosmos-2.5", "mistral4", "pi0"), _OWN_CODE
+    ),
+    # since transformers 5.24 these have get_image_features
     "kosmos-2": f"{_OWN_CODE}|{_GENERATE}",
     "kosmos-2.5": f"{_OWN_CODE}|asks for flattened_patches",
     **dict.fromkeys(("pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"), _CROSS),
