@@ -108,11 +108,16 @@ class PrunedLayer(DynamicLayer):
         self.held = None if self.held is None else self.held[rows.to(self.held.device)]
 
 
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache among the keywords of a decoder layer, which transformers renamed in 5.24; None if there is none."""
+    return kwargs.get("cache", kwargs.get("past_key_values"))
+
+
 def pruned_layer(cache: Any, layer: nn.Module, batch: int, device: torch.device, *, make: bool) -> PrunedLayer | None:
     """The pruned layer of a cache that belongs to a decoder layer; None if it has none.
 
     Args:
-        cache: ``past_key_values`` of the call, or None.
+        cache: of the call, or None.
         layer: the decoder layer.
         batch: B.
         device: of the decoder layer.
@@ -126,7 +131,7 @@ def pruned_layer(cache: Any, layer: nn.Module, batch: int, device: torch.device,
     attention: Any = layer.self_attn
     index: int = attention.layer_idx
     if not isinstance(cache, Cache):
-        raise ValueError(f"past_key_values is a {type(cache).__name__}: a pruner knows the caches of transformers only")
+        raise ValueError(f"the cache is a {type(cache).__name__}: a pruner knows the caches of transformers only")
     kind: Any = getattr(cache, "layer_class_to_replicate", None)
     if make and kind is not None:
         cache.layers.extend(kind() for _ in range(len(cache.layers), index + 1))

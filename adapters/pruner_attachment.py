@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from vision_remember.adapters.activation_checkpointing import HOOKS_STAY_OUTSIDE
 from vision_remember.adapters.devices import execution_device
 from vision_remember.adapters.passage import Passage
-from vision_remember.adapters.pruned_cache import pruned_layer
+from vision_remember.adapters.pruned_cache import cache_of, pruned_layer
 from vision_remember.adapters.resolve import HostParts
 from vision_remember.adapters.shortening import shortened
 from vision_remember.adapters.tokens import placeholders
@@ -130,7 +130,7 @@ class BeforeLayer:
         device = execution_device(layer)
         if device is not None:
             hidden = hidden.to(device)
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         length = hidden.shape[1]
         if passage is not None:
             _refuse_replay(layer)

@@ -28,7 +28,7 @@ class Window:
         return _numbers(self.oldest) <= _numbers(version) and _numbers(version)[:2] <= _numbers(self.newest)[:2]
 
 
-WINDOWS = (Window("transformers", "5.20.2", "5.23.0"), Window("torch", "2.6", "2.13.0"))
+WINDOWS = (Window("transformers", "5.20.2", "5.24.0"), Window("torch", "2.6", "2.13.0"))
 
 
 @functools.cache

@@ -59,7 +59,9 @@ class MyMLLM(nn.Module):
         output = self(input_ids, pixel_values, use_cache=True)
         made = [output.logits[:, -1:].argmax(-1)]
         while len(made) < max_new_tokens:
-            output = self(made[-1], past_key_values=output.past_key_values, use_cache=True)
+            # transformers 5.24 renamed it
+            cache = {name: value for name, value in output.items() if name in ("cache", "past_key_values")}
+            output = self(made[-1], **cache, use_cache=True)
             made.append(output.logits[:, -1:].argmax(-1))
         return torch.cat(made, dim=1)
 

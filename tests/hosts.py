@@ -11,6 +11,8 @@ import transformers as hf
 from packaging.version import Version
 
 IMAGE_TOKEN, PAD_TOKEN, VOCABULARY = 90, 0, 99
+CACHE = "cache" if Version(hf.__version__) >= Version("5.24") else "past_key_values"
+"""The name of the cache in calls of a host and in what it returns."""
 
 _DECODER = {
     "vocab_size": VOCABULARY,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
-from tests.hosts import batch, build_llava, randomise
+from tests.hosts import CACHE, batch, build_llava, randomise
 from vision_remember import attach_vision_remember
 
 LAYERS = [1, 3]
@@ -64,12 +64,12 @@ def test_decoding_is_one_graph() -> None:
 
     def steps(forward: Any) -> torch.Tensor:
         cache = hf.StaticCache(config=model.config.get_text_config(), max_cache_len=length + 4)
-        found = [logits(model, **inputs, past_key_values=cache)[:, -1:]]
+        found = [logits(model, **inputs, **{CACHE: cache})[:, -1:]]
         for step in range(3):
             with torch.no_grad():
                 positions = torch.tensor([length + step])
                 token = found[-1].argmax(-1)
-                found.append(forward(input_ids=token, past_key_values=cache, position_ids=positions[None]).logits)
+                found.append(forward(input_ids=token, **{CACHE: cache}, position_ids=positions[None]).logits)
         return torch.cat(found, 1)
 
     expected = steps(model)

@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from tests.fingerprint import Fingerprint
-from tests.hosts import DECODER_CONFIGS, ENCODER_CONFIGS, IMAGE_TOKEN, randomise
+from tests.hosts import CACHE, DECODER_CONFIGS, ENCODER_CONFIGS, IMAGE_TOKEN, randomise
 from vision_remember import (
     MLLMSpec,
     attach_vision_remember,
@@ -125,7 +125,7 @@ def test_steps_with_a_cache_equal_the_full_forward() -> None:
     given = inputs()
     with torch.no_grad():
         first = model(**given, use_cache=True)
-        step = model(input_ids=torch.tensor([[7], [8]]), past_key_values=first.past_key_values, use_cache=True)
+        step = model(input_ids=torch.tensor([[7], [8]]), **{CACHE: first[CACHE]}, use_cache=True)
     longer = {**given, "input_ids": torch.cat([given["input_ids"], torch.tensor([[7], [8]])], 1)}
     torch.testing.assert_close(step.logits[:, -1], logits(model, **longer)[:, -1], rtol=1e-4, atol=1e-5)
 

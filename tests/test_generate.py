@@ -10,6 +10,7 @@ import transformers as hf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.hosts import (
+    CACHE,
     IMAGE_TOKEN,
     PAD_TOKEN,
     PAIRINGS,
@@ -131,8 +132,8 @@ def test_a_second_turn_may_bring_only_its_new_image() -> None:
     second = int((ids[0] == IMAGE_TOKEN).nonzero()[16])  # the second image's first token
     cache = hf.DynamicCache(config=model.config.text_config)
     with torch.no_grad():
-        model(input_ids=ids[:, :second], pixel_values=images[:1], past_key_values=cache, use_cache=True)
-        rest = model(input_ids=ids[:, second:], pixel_values=images[1:], past_key_values=cache, use_cache=True).logits
+        model(input_ids=ids[:, :second], pixel_values=images[:1], **{CACHE: cache}, use_cache=True)
+        rest = model(input_ids=ids[:, second:], pixel_values=images[1:], **{CACHE: cache}, use_cache=True).logits
         whole = model(**both).logits[:, second:]
     torch.testing.assert_close(rest, whole, atol=1e-4, rtol=1e-4)
 
@@ -142,10 +143,10 @@ def test_decode_steps_run_no_block() -> None:
     calls: list[int] = []
     block = model.model.language_model.layers[1].vision_remember
     block.register_forward_hook(lambda *_: calls.append(1))
-    cached = model.generate(**batch(model), **COMMON, return_dict_in_generate=True).past_key_values
+    cached = model.generate(**batch(model), **COMMON, return_dict_in_generate=True)[CACHE]
     assert len(calls) == 1
     plain = build("qwen2", "clip", attached=False)
-    expected = plain.generate(**batch(plain), **COMMON, return_dict_in_generate=True).past_key_values
+    expected = plain.generate(**batch(plain), **COMMON, return_dict_in_generate=True)[CACHE]
     assert [layer.keys.shape for layer in cached.layers] == [layer.keys.shape for layer in expected.layers]
 
 
@@ -165,9 +166,9 @@ def test_a_decode_step_runs_no_operation_more() -> None:
         model = build("qwen2", "clip", attached=attached)
         with torch.no_grad():
             with Operations() as prefill:
-                cache = model(**batch(model), use_cache=True).past_key_values
+                cache = model(**batch(model), use_cache=True)[CACHE]
             with Operations() as step:
-                model(input_ids=torch.tensor([[7]] * len(cache.layers[0].keys)), past_key_values=cache, use_cache=True)
+                model(input_ids=torch.tensor([[7]] * len(cache.layers[0].keys)), **{CACHE: cache}, use_cache=True)
         made[attached] = prefill.names, step.names
     assert len(made[True][0]) > len(made[False][0])
     assert made[True][1] == made[False][1]

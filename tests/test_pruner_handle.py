@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 
 from tests.fingerprint import Fingerprint
-from tests.hosts import DECODER_CONFIGS, batch, build_llava, skip_if_the_host_fails
+from tests.hosts import CACHE, DECODER_CONFIGS, batch, build_llava, skip_if_the_host_fails
 from tests.pruning_hosts import build, logits, prompt
 from tests.test_pruners_at_work import every_pruner, pruned, steps
 from tests.test_pruners_in_hosts import SMALL
@@ -99,7 +99,7 @@ def test_guesses_that_the_choice_depended_on_are_refused() -> None:
     cache = hf.DynamicCache()
     model, _ = pruned("fastv")
     with torch.no_grad():
-        model(**prompt(model), past_key_values=cache, use_cache=True)
+        model(**prompt(model), **{CACHE: cache}, use_cache=True)
     with pytest.raises(ValueError, match="pruners that do not read the prompt"):
         cache.crop(-1)
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from tests import pruning_oracle as oracle
 from tests import pruning_reference as reference
-from tests.hosts import DECODER_CONFIGS, IMAGE_TOKEN, batch, build_llava, skip_if_the_host_fails
+from tests.hosts import CACHE, DECODER_CONFIGS, IMAGE_TOKEN, batch, build_llava, skip_if_the_host_fails
 from tests.pruning_hosts import HOSTS, build, logits, prompt, row_of
 from tests.test_pruners_in_hosts import CLOSE, GREEDY, REFUSED, SMALL, STEPS
 from vision_remember import PRUNERS, attach_pruner
 from vision_remember.adapters.decoder_queries import READABLE
-from vision_remember.adapters.pruned_cache import PrunedLayer
+from vision_remember.adapters.pruned_cache import PrunedLayer, cache_of
 from vision_remember.adapters.pruner import CUTTABLE
 from vision_remember.pruning import DecoderPruner
 
@@ -102,11 +102,11 @@ def test_a_second_turn_continues_a_pruned_cache(first: tuple[int, int], name: st
     cache = hf.DynamicCache(config=model.config.text_config)
     mask = turn["attention_mask"]
     with torch.no_grad():
-        model(**turn, past_key_values=cache, use_cache=True)
+        model(**turn, **{CACHE: cache}, use_cache=True)
         found = []
         for ids, extra in ((words, {}), (torch.cat([image, words], 1), more), (words[:, :1], {})):
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
-            out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+            out = model(input_ids=ids, attention_mask=mask, **{CACHE: cache}, use_cache=True, **extra)
             found.append(out.logits)
         one = [
             _turns(model, row_of(model, turn, first, row), words[row : row + 1], more["pixel_values"][row : row + 1])
@@ -119,11 +119,11 @@ def test_a_second_turn_continues_a_pruned_cache(first: tuple[int, int], name: st
 def _turns(model: Any, turn: dict[str, Any], words: Tensor, pixels: Tensor) -> Tensor:
     """The last two turns' logits of one row without padding."""
     cache = hf.DynamicCache()
-    model(**turn, past_key_values=cache, use_cache=True)
-    model(input_ids=words, past_key_values=cache, use_cache=True)
+    model(**turn, **{CACHE: cache}, use_cache=True)
+    model(input_ids=words, **{CACHE: cache}, use_cache=True)
     ids = torch.cat([torch.full((1, 64), IMAGE_TOKEN), words], 1)
-    image = model(input_ids=ids, pixel_values=pixels, past_key_values=cache, use_cache=True).logits
-    return torch.cat([image, model(input_ids=words[:, :1], past_key_values=cache).logits], 1)
+    image = model(input_ids=ids, pixel_values=pixels, **{CACHE: cache}, use_cache=True).logits
+    return torch.cat([image, model(input_ids=words[:, :1], **{CACHE: cache}).logits], 1)
 
 
 def test_a_second_image_is_pruned_by_attention_over_the_whole_cache() -> None:
@@ -153,8 +153,8 @@ def test_a_second_image_is_pruned_by_attention_over_the_whole_cache() -> None:
     attach_pruner(model, "fastv", layer=2, keep=0.4)
     cache = hf.DynamicCache()
     with torch.no_grad():
-        model(**turns[0], past_key_values=cache, use_cache=True)
-        found = model(input_ids=ids[:, cut:], pixel_values=images[1:], past_key_values=cache, use_cache=True).logits
+        model(**turns[0], **{CACHE: cache}, use_cache=True)
+        found = model(input_ids=ids[:, cut:], pixel_values=images[1:], **{CACHE: cache}, use_cache=True).logits
     here = alive[2][:, cut:]
     torch.testing.assert_close(found[here], wanted[here], **CLOSE)
 
@@ -291,11 +291,11 @@ def test_a_pruned_cache_stays_usable_when_the_pruner_is_switched_off(name: str) 
     caches = [hf.DynamicCache(), hf.DynamicCache()]
     with torch.no_grad():
         for cache in caches:
-            model(**inputs, past_key_values=cache, use_cache=True)
+            model(**inputs, **{CACHE: cache}, use_cache=True)
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1)
-        expected = model(input_ids=ids, attention_mask=mask, past_key_values=caches[0]).logits
+        expected = model(input_ids=ids, attention_mask=mask, **{CACHE: caches[0]}).logits
         with handle.disabled():
-            found = model(input_ids=ids, attention_mask=mask, past_key_values=caches[1]).logits
+            found = model(input_ids=ids, attention_mask=mask, **{CACHE: caches[1]}).logits
     assert torch.equal(found, expected)
 
 
@@ -341,12 +341,19 @@ def test_the_attention_of_all_is_the_mean_of_the_rows() -> None:
     torch.testing.assert_close(found, weights.mean((1, 2)), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_layer_may_be_handed_its_cache_by_the_new_name_or_the_old_one(name: str) -> None:
+    cache = hf.DynamicCache()
+    assert cache_of({"use_cache": True, name: cache}) is cache
+    assert cache_of({"use_cache": True, name: None}) is cache_of({}) is None
+
+
 def test_a_pruned_layer_follows_the_operations_of_its_cache() -> None:
     model, _ = pruned("fastv")
     cache = hf.DynamicCache()
     inputs = prompt(model)
     with torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **{CACHE: cache}, use_cache=True)
         length, late = inputs["input_ids"].shape[1], cache.layers[2]
         assert isinstance(late, PrunedLayer)
         assert type(cache.layers[1]) is not PrunedLayer

@@ -18,7 +18,7 @@ from transformers.modeling_flash_attention_utils import _is_packed_sequence
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from tests.fingerprint import structure
-from tests.hosts import IMAGE_TOKEN
+from tests.hosts import CACHE, IMAGE_TOKEN
 from tests.pruning_hosts import build, logits, prompt, row_of
 from tests.test_pruners_at_work import every_pruner, pruned, steps
 from tests.test_pruners_in_hosts import CLOSE, SMALL
@@ -48,7 +48,7 @@ def watched(model: Any) -> Iterator[dict[int, dict[str, Any]]]:
 def cached(model: Any, inputs: dict[str, Any]) -> hf.DynamicCache:
     cache = hf.DynamicCache()
     with torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **{CACHE: cache}, use_cache=True)
     return cache
 
 
@@ -86,7 +86,7 @@ def test_fastv_stores_keys_once_and_only_what_is_left() -> None:
     assert [layer.keys.shape[2] for layer in cache.layers] == [length, length, length - 32, length - 32]
     assert not torch.equal(cache.layers[2].keys, cache.layers[3].keys)
     with torch.no_grad():
-        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[7]]), **{CACHE: cache})
     assert [layer.keys.shape[2] for layer in cache.layers] == [length + 1, length + 1, length - 31, length - 31]
     assert cache.get_seq_length() == length + 1
 

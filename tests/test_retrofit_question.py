@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from tests.hosts import DECODER_CONFIGS, ENCODER_CONFIGS, IMAGE_TOKEN
+from tests.hosts import CACHE, DECODER_CONFIGS, ENCODER_CONFIGS, IMAGE_TOKEN
 from vision_remember import (
     INTERACTIONS,
     PROJECTORS,
@@ -98,7 +98,7 @@ def test_it_trains_answers_and_comes_back(projector: str, interaction: str, tmp_
     with torch.no_grad():
         assert not torch.allclose(model(**other).logits, expected, atol=1e-5)
         first = model(**inputs(), use_cache=True)
-        step = model.mouth(torch.tensor([[11], [12]]), past_key_values=first.past_key_values).logits
+        step = model.mouth(torch.tensor([[11], [12]]), **{CACHE: first[CACHE]}).logits
     longer = {**inputs(), "input_ids": torch.cat([inputs()["input_ids"], torch.tensor([[11], [12]])], 1)}
     with torch.no_grad():
         torch.testing.assert_close(step[:, -1], model(**longer).logits[:, -1], rtol=1e-4, atol=1e-5)

@@ -72,11 +72,14 @@ def joined(text: str) -> Iterator[str]:
 
 def commands_of(page: str) -> list[str]:
     """The commands of a page: of its shell blocks, of indented lines, and between back-quotes."""
-    found = []
+    found: list[str] = []
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     for kind, block in blocks:
         if kind in ("bash", "sh", "shell", "console"):
             found += joined(block)
+    # What a page has its reader write, tests/test_extending_page.py runs.
+    own = {f"python {file}" for file in re.findall(r"^# file: (\S+)$", page, re.MULTILINE)}
+    found = [command for command in found if command not in own]
     prose = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
     found += joined("\n".join(re.findall(rf"^    {PROGRAMS} .*", prose, re.MULTILINE)))
     spans = (" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose))
@@ -123,9 +126,11 @@ def read_pip(arguments: list[str]) -> None:
     parser.add_argument("--no-deps", action="store_true")
     parser.add_argument("--target")
     parser.add_argument("--requirement")
+    parser.add_argument("--constraint")
     given = parser.parse_args(arguments)
-    if given.requirement:
-        exists(given.requirement)
+    for file in (given.requirement, given.constraint):
+        if file:
+            exists(file)
     for package in given.packages:
         name, extras = re.fullmatch(r"([^\[\]]+)(?:\[(.*)\])?", package).groups()  # type: ignore[union-attr]
         if name not in (".", "vision-remember"):

@@ -16,6 +16,7 @@ import transformers as hf
 from packaging.version import Version
 from torch import Tensor
 
+from tests.hosts import CACHE
 from tests.zoo import extended
 from tests.zoo_checks import NOISE, Subject, subject
 
@@ -84,7 +85,7 @@ def another_turn(host: Subject) -> Pair:
     with torch.no_grad():
         first = host.model(**host.inputs, use_cache=True)
         mask = torch.ones(1, host.inputs["input_ids"].shape[1] + TEXT.shape[1], dtype=torch.long)
-        second = host.model(input_ids=TEXT, past_key_values=first.past_key_values, attention_mask=mask)
+        second = host.model(input_ids=TEXT, **{CACHE: first[CACHE]}, attention_mask=mask)
     return second.logits[0, -1], full(host, torch.cat([host.inputs["input_ids"], TEXT], 1))[0, -1]
 
 

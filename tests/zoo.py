@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from packaging.version import Version
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -28,6 +29,9 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(
         ("blip", "diffusion_gemma", "git", "instructblipvideo", "kosmos-2", "kosmos-2.5", "mistral4", "pi0"), _OWN_CODE
     ),
+    # since transformers 5.24 these have get_image_features
+    "kosmos-2": f"{_OWN_CODE}|{_GENERATE}",
+    "kosmos-2.5": f"{_OWN_CODE}|asks for flattened_patches",
     **dict.fromkeys(("pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"), _CROSS),
     **dict.fromkeys(("chameleon", "emu3", "fuyu", "gemma4_unified"), _NO_ENCODER),
     **dict.fromkeys(("blip-2", "instructblip"), _GENERATE),
@@ -40,8 +44,16 @@ REFUSED: dict[str, str] = {
     "inkling2": "could not find out which part of an image each token stands for",
 }
 """Hosts that Vision Remember cannot be attached to, and what the error says."""
-REFUSED_WHEN_TRIED = ("deepseek_ocr2", "hunyuan_vl", "inkling2", "unlimited_ocr")
+if Version(hf.__version__) >= Version("5.24"):
+    REFUSED |= {
+        "apertus1p5": _NO_ENCODER,
+        "hy_v4_vl": "hand on 4 streams of hidden states",
+        "inkling2_loop": REFUSED["inkling2"],
+    }
+REFUSED_WHEN_TRIED = ("deepseek_ocr2", "hunyuan_vl", "inkling2", "inkling2_loop", "unlimited_ocr")
 """Those whose code has to run to show it."""
+FAILS_ALONE = {"llama4": "5.24"}
+"""Hosts whose own forward pass raises an AttributeError, with nothing attached: since which version of transformers."""
 NEEDS_TIMM = ("fast_vlm", "gemma3n", "perception_lm")
 WITH_TIMM = ("fast_vlm", "perception_lm")
 """Those of them that are supported, as ``tests/external`` shows."""
