@@ -47,19 +47,20 @@ class Choices:
         preset: str | None,
         assignments: list[str] | None,
         projector: str | None,
-        ratio: int,
+        ratio: int | None,
     ) -> Choices:
         """The options as they were typed, read.
 
         Raises:
             ValueError: one that cannot be read, or fresh blocks and an adapter asked for together.
         """
-        fresh = assignments or any(given is not None for given in (layers, levels, preset, projector))
+        fresh = assignments or any(given is not None for given in (layers, levels, preset, projector, ratio))
         if adapter is not None and fresh:
             raise ValueError(
-                "--adapter brings its own configuration: leave out --layers, --levels, --preset, --set and --projector"
+                "--adapter brings its own configuration: leave out --layers, --levels, --preset, --set, --projector and"
+                " --ratio"
             )
-        if ratio != RATIO and projector is None:
+        if ratio is not None and projector is None:
             raise ValueError(f"--ratio {ratio} without --projector: name the projector to swap in")
         return cls(
             adapter,
@@ -68,12 +69,11 @@ class Choices:
             preset or "default",
             overrides(assignments),
             projector,
-            ratio,
+            _RATIO if ratio is None else ratio,
         )
 
 
-RATIO = 4
-"""What the commands take if nothing is said."""
+_RATIO = 4  # cells per token, if nothing is said
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -101,7 +101,7 @@ Set = Annotated[
 ProjectorName = Annotated[
     str | None, typer.Option("--projector", help="Swap the projector for this one first (see docs/projectors.md).")
 ]
-Ratio = Annotated[int, typer.Option(min=1, help="Cells per token of --projector.")]
+Ratio = Annotated[int | None, typer.Option(min=1, help=f"Cells per token of --projector; {_RATIO} if not given.")]
 Adapter = Annotated[
     str | None, typer.Option("--adapter", metavar="FOLDER|REPO", help="A trained adapter, instead of fresh blocks.")
 ]

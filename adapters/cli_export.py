@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from vision_remember.adapters.cli_common import (
-    RATIO,
     Adapter,
     AsJson,
     Choices,
@@ -48,7 +47,7 @@ def export_command(
     preset: Preset = None,
     assignments: Set = None,
     projector: ProjectorName = None,
-    ratio: Ratio = RATIO,
+    ratio: Ratio = None,
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:

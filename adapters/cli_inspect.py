@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vision_remember.adapters.cli_common import (
-    RATIO,
     Adapter,
     AsJson,
     Choices,
@@ -36,7 +35,7 @@ def inspect_command(
     preset: Preset = None,
     assignments: Set = None,
     projector: ProjectorName = None,
-    ratio: Ratio = RATIO,
+    ratio: Ratio = None,
     adapter: Adapter = None,
     revision: Revision = None,
     as_json: AsJson = False,

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from vision_remember.adapters.cli_common import (
-    RATIO,
     Adapter,
     AsJson,
     Choices,
@@ -46,7 +45,7 @@ def report_command(
     preset: Preset = None,
     assignments: Set = None,
     projector: ProjectorName = None,
-    ratio: Ratio = RATIO,
+    ratio: Ratio = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     revision: Revision = None,

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from vision_remember.adapters.cli_common import (
-    RATIO,
     Adapter,
     Choices,
     Layers,
@@ -34,7 +33,7 @@ def serve_command(
     preset: Preset = None,
     assignments: Set = None,
     projector: ProjectorName = None,
-    ratio: Ratio = RATIO,
+    ratio: Ratio = None,
 ) -> None:
     """Serve a model with Vision Remember over HTTP, by the OpenAI protocol.
 

@@ -188,6 +188,8 @@ def test_export_of_untrained_blocks_is_checked_with_random_weights(saved: dict[s
         (("inspect", "{bare}", "--set", "preset=paper"), "--set preset: expected --preset"),
         (("inspect", "{bare}", "--set", "spec=llava"), "VisionRememberConfig has no such field"),
         (("inspect", "{bare}", "--ratio", "9"), "--ratio 9 without --projector"),
+        (("inspect", "{bare}", "--ratio", "4"), "--ratio 4 without --projector"),
+        (("inspect", "{bare}", "--adapter", "{adapter}", "--ratio", "4"), "leave out --layers, --levels"),
         (("inspect", "/nowhere"), "has no config.json"),
         (("inspect", "{bare}", "--adapter", "./nowhere"), "./nowhere is neither a folder nor a repository id"),
         (("report", "{full}", "{full}"), "is no picture that can be read"),
@@ -256,7 +258,7 @@ def test_an_attached_model_is_what_a_server_answers_with(saved: dict[str, Path])
     from vision_remember.adapters.cli_common import Choices
     from vision_remember.adapters.serve import attaching
 
-    choices = Choices.of(str(saved["adapter"]), None, None, None, None, None, 4)
+    choices = Choices.of(str(saved["adapter"]), None, None, None, None, None, None)
     plain = model_manager.ModelManager
     with attaching(choices):
         manager = model_manager.ModelManager(device="cpu", dtype="float32")
