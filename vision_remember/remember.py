@@ -353,6 +353,5 @@ def _reader_at_hand(block: nn.Module, device: torch.device) -> SELA | None:
 
 def _is_at_hand(parameter: Tensor, device: torch.device) -> bool:
     """Whether a parameter is whole, which in shards it is not, and on this device, which offloaded it is not."""
-    whole = type(parameter) is nn.Parameter
-    whole = whole or (isinstance(parameter, nn.Parameter) and not hasattr(parameter, "device_mesh"))
+    whole = isinstance(parameter, nn.Parameter) and not hasattr(parameter, "device_mesh")
     return whole and parameter.device == device

@@ -66,15 +66,15 @@ def candidates(
         lay_weights_side_by_side(blocks)
         trained = [hidden, *(parameter for block in blocks for parameter in block.parameters())]
 
-        def forward() -> Tensor:
+        def forward() -> list[Tensor]:
             recall, state = memory.recall_images([0], places), hidden
             if ahead:
                 recall = recall.prepared(blocks, prepare_together)
             for block in blocks:
                 state = recall.through(block, state)
-            return state
+            return [state]
 
-        return _stepping(forward, trained) if learning else torch.no_grad()(forward)
+        return _timed(forward, trained, learning)
 
     found = {
         "their products": _products(
@@ -107,19 +107,15 @@ def _products(width: int, joined: int, tokens: Tensor, features: Tensor, learnin
             made += [F.linear(features, key), F.linear(features, value), F.linear(F.linear(tokens, query), out)]
         return made
 
+    return _timed(forward, [tokens, *(weight for block_weights in weights for weight in block_weights)], learning)
+
+
+def _timed(forward: Callable[[], list[Tensor]], trained: list[Tensor], learning: bool) -> Callable[[], Any]:
+    """The pass without gradients; ``learning``, with those of what takes part of ``trained``."""
     if not learning:
         return torch.no_grad()(forward)
-    # Gradients that are there already, so that nothing but the products' own is timed.
+    # Gradients that are there already, so that nothing but the pass's own is timed.
     given = [torch.ones_like(result) for result in forward()]
-    trained = [tokens, *(weight for block_weights in weights for weight in block_weights)]
-    return lambda: torch.autograd.grad(forward(), trained, given)
-
-
-def _stepping(forward: Callable[[], Tensor], trained: list[Tensor]) -> Callable[[], Any]:
-    given = torch.ones_like(forward())
-    used = [
-        x
-        for x, grad in zip(trained, torch.autograd.grad(forward(), trained, given, allow_unused=True), strict=True)
-        if grad is not None
-    ]
+    found = torch.autograd.grad(forward(), trained, given, allow_unused=True)
+    used = [x for x, gradient in zip(trained, found, strict=True) if gradient is not None]
     return lambda: torch.autograd.grad(forward(), used, given)

@@ -76,7 +76,8 @@ def _arms(base: Any, plan: Plan) -> dict[str, Any]:
         for block in handle.module.values() if name == _PLAIN else ():
             block.interaction.backend = "windowed"
     # How many tokens a pruner leaves the host has to ask the GPU, which a graph cannot hold.
-    for name, (pruner, given) in {}.items() if plan.graphs else _PRUNERS.items():
+    pruners = {} if plan.graphs else _PRUNERS
+    for name, (pruner, given) in pruners.items():
         arms[name] = twin(base)
         attach_pruner(arms[name], pruner, **given)
     return arms

@@ -100,10 +100,13 @@ class CrossAttention(Interaction[PreparedCells]):
 
     def weighted(self, value: Tensor, saliency: Tensor | None) -> Tensor:
         """Values times the saliency of their cells, (B, M, width)."""
-        if saliency is None:
-            return value
+        saliency = self.saliency_of_keys(saliency)
+        return value if saliency is None else value * saliency.unsqueeze(-1).to(value.dtype)
+
+    def saliency_of_keys(self, saliency: Tensor | None) -> Tensor | None:
+        """(B, M), once for every level that has keys of its own."""
         levels = self.fusion.key_levels
-        return value * (saliency if levels == 1 else saliency.repeat(1, levels)).unsqueeze(-1).to(value.dtype)
+        return saliency if saliency is None or levels == 1 else saliency.repeat(1, levels)
 
     def attend(self, tokens: Tensor, prepared: PreparedCells, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
         """The tokens' updates; see :meth:`Interaction.attend`."""

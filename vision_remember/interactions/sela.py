@@ -198,7 +198,7 @@ class SELA(CrossAttention):
     def project_raster(self, cells: RasterCells) -> PreparedRaster:
         """Keys and values of cells that stay in raster order."""
         key, value = self.keys_and_values(self.fusion.fuse(cells.features), None)[:2]
-        return PreparedRaster(key, value, self._saliency_of_keys(cells), cells.feature_grid)
+        return PreparedRaster(key, value, self.saliency_of_keys(cells.saliency), cells.feature_grid)
 
     @staticmethod
     def project_rasters(readers: Sequence[SELA], cells: RasterCells) -> list[PreparedRaster]:
@@ -207,7 +207,7 @@ class SELA(CrossAttention):
         if made is None:
             return [reader.project_raster(cells) for reader in readers]
         return [
-            PreparedRaster(key, value, reader._saliency_of_keys(cells), cells.feature_grid)
+            PreparedRaster(key, value, reader.saliency_of_keys(cells.saliency), cells.feature_grid)
             for reader, (key, value) in zip(readers, made, strict=True)
         ]
 
@@ -266,10 +266,6 @@ class SELA(CrossAttention):
             bias=self._bias(query, token_grid, feature_grid),
             backend=self.backend,
         )
-
-    def _saliency_of_keys(self, cells: RasterCells) -> Tensor | None:
-        copies = self.fusion.key_levels
-        return cells.saliency if cells.saliency is None or copies == 1 else cells.saliency.repeat(1, copies)
 
     def _bias(self, query: Tensor, token_grid: Grid, feature_grid: Grid) -> Tensor | None:
         if self.position is None:
