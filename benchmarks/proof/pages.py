@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -115,7 +115,6 @@ def build_pages(
     split: str = "train",
     first: int = 0,
     pixels: bool = True,
-    progress: Callable[[int], None] = lambda pages: None,
 ) -> Pages:
     """Draws pages of every task, one task after the other in turn.
 
@@ -126,7 +125,6 @@ def build_pages(
         split: "train" or "test" of `vision_remember.synth`, which are disjoint.
         first: Index of the first scene of each task.
         pixels: Whether pictures are kept.
-        progress: Called with the number of pages made since the last call.
     """
     from vision_remember.synth import make_scene
     from vision_remember.synth.scene import draw_page
@@ -153,7 +151,6 @@ def build_pages(
             rows.append(row)
             labels.append(cells)
             tasks.append(number)
-        progress(len(names))
     side = shape.grid * shape.cell
     columns = (torch.tensor(column) for column in zip(*rows, strict=True))
     return Pages(

@@ -61,24 +61,15 @@ class Workshop:
         }[name]
 
         def make() -> dict[str, Any]:
+            starts = range(0, per_task, PART)
+            parts = [(level, min(PART, per_task - start), split, first + start, name != "symbols") for start in starts]
+            spread = map if pool is None else pool.map
+            drawn = []
             with tqdm(total=per_task * len(self.tasks), desc=f"pages: {name}", leave=False) as bar:
-                pixels = name != "symbols"
-                if pool is None:
-                    pages = build_pages(
-                        level, self.words, per_task, split=split, first=first, pixels=pixels, progress=bar.update
-                    )
-                    return pages.state()
-                starts = range(0, per_task, PART)
-                parts = [
-                    pool.submit(_part, level, min(PART, per_task - start), split, first + start, pixels)
-                    for start in starts
-                ]
-                done = []
-                for part in parts:
-                    state = {key: torch.from_numpy(value) for key, value in part.result().items()}
-                    done.append(Pages.from_state(state))
-                    bar.update(len(done[-1]))
-                return Pages.joined(done).state()
+                for state in spread(_part, *zip(*parts, strict=True)):
+                    drawn.append(Pages.from_state({key: torch.from_numpy(value) for key, value in state.items()}))
+                    bar.update(len(drawn[-1]))
+            return Pages.joined(drawn).state()
 
         return Pages.from_state(self._kept(f"pages {name}", {"per_task": per_task}, make))
 
