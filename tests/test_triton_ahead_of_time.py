@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ TENSORS = {
     *(f"grad_{x}" for x in ("out", "query", "key", "value")),
 }
 KERNELS = ("forward_kernel", "query_gradient_kernel", "cell_gradient_kernel")
+OWNING = "query_gradient_kernel, owning cells"
 MOST_REGISTERS = 255  # a GPU's own limit per thread
 
 
@@ -44,10 +46,13 @@ def options(kernel: str, dim: int) -> dict[str, Any]:
     query = torch.empty(1, 1, 1, dim)
     given = triton_local_attention._options(query, query, query, query)
     rows = triton_local_attention._rows(10_000, given)
+    if kernel == "forward_kernel":
+        return {**given, "QUERIES": rows}
+    given["WANTS_SALIENCY"] = True
     if kernel == "cell_gradient_kernel":
-        return {**given, "WANTS_SALIENCY": True, "CELLS": rows}
-    wants = {"WANTS_BIAS": True} if kernel == "query_gradient_kernel" else {}
-    return {**given, **wants, "QUERIES": rows}
+        return {**given, "CELLS": rows}
+    given = triton_local_attention._with_cells(given, kernel.endswith("owning cells"))
+    return {**given, "WANTS_BIAS": True, "QUERIES": rows}
 
 
 def compiled(
@@ -111,20 +116,19 @@ def compiled(
         pytest.param(torch.float32, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [*KERNELS, OWNING])
 def test_usual_heads(kernel: str, dtype: torch.dtype, dim: int, capability: int, tmp_path: Path) -> None:
-    usage = compiled(kernel, dtype, capability, options(kernel, dim), tmp_path)
+    usage = compiled(kernel.split(",")[0], dtype, capability, options(kernel, dim), tmp_path)
     assert usage.registers <= MOST_REGISTERS
     assert usage.spilled_bytes == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dim", [16, 72, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("kernel", "dim"), [*product(KERNELS, (16, 72, 256)), *product([OWNING], (16, 256))])
 def test_other_sizes(kernel: str, dtype: torch.dtype, dim: int, capability: int, tmp_path: Path) -> None:
-    usage = compiled(kernel, dtype, capability, options(kernel, dim), tmp_path)
+    usage = compiled(kernel.split(",")[0], dtype, capability, options(kernel, dim), tmp_path)
     assert usage.registers <= MOST_REGISTERS
     assert usage.spilled_bytes == 0
 

@@ -49,6 +49,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case((12, 12), (24, 24), saliency=False, bias=3),  # what SELA asks for
+    Case((3, 4), (6, 12), levels=2),  # every cell belongs to one query
     Case((12, 12), (24, 24), window=2, bias=3),
     Case((14, 14), (27, 27)),
     Case((14, 14), (27, 27), window=2, saliency=False, bias=None),
@@ -63,6 +64,7 @@ CASES = [
     Case((5, 7), (3, 4), window=2),  # more tokens than cells
     Case((3, 4), (5, 4), window=12, bias=None),  # one block for all
     Case((2, 3), (4, 7), dim=72, value_dim=5),  # no powers of two
+    Case((2, 3), (4, 6), dim=72),
     Case((2, 2), (3, 3), dim=256, value_dim=300, bias=None),  # a value in two parts
 ]
 

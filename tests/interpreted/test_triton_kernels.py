@@ -16,6 +16,7 @@ from vision_remember import SELA, local_attention
 from vision_remember.ops import triton_kernels, triton_local_attention
 
 UNEVEN = Case((3, 4), (5, 7), window=2, levels=2)
+OWNED = Case((3, 4), (6, 12), levels=2)
 attend = functools.partial(local_attention, backend="triton")
 
 
@@ -44,7 +45,7 @@ def test_output_and_gradients_are_those_of_the_oracle(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", [UNEVEN, Case((4, 6), (8, 12), bias=3)], ids=str)
+@pytest.mark.parametrize("case", [UNEVEN, OWNED, Case((4, 6), (8, 12), bias=3)], ids=str)
 def test_half_precision_comes_close(case: Case, dtype: torch.dtype) -> None:
     check_against_oracle(case, dtype)
 
@@ -55,12 +56,24 @@ def test_the_size_of_a_tile_does_not_matter(tile: int, monkeypatch: pytest.Monke
     check_against_oracle(Case((1, 3), (2, 4), dim=2, value_dim=3), torch.float32)
 
 
-def test_two_calls_give_the_same_bits() -> None:
-    first, second = (with_gradients(attend, tensors(UNEVEN, torch.float32), **UNEVEN.grids) for _ in range(2))
+@pytest.mark.parametrize("case", [UNEVEN, OWNED], ids=["uneven", "one query per cell"])
+def test_two_calls_give_the_same_bits(case: Case) -> None:
+    first, second = (with_gradients(attend, tensors(case, torch.float32), **case.grids) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_one_launch_forward_and_two_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("case", "backward"),
+    [
+        (UNEVEN, 2),
+        (Case((4, 4), (8, 8), window=2), 2),
+        (OWNED, 1),
+        (OWNED._replace(dim=72), 2),
+    ],
+    ids=["uneven", "blocks of queries", "one query per cell", "the same, no power of two"],
+)
+def test_one_launch_forward_and_one_or_two_backward(case: Case, backward: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two where several queries see a cell."""
     launches: Counter[str] = Counter()
 
     class Counted:
@@ -73,21 +86,23 @@ def test_one_launch_forward_and_two_backward(monkeypatch: pytest.MonkeyPatch) ->
 
     for name in ("forward_kernel", "query_gradient_kernel", "cell_gradient_kernel"):
         monkeypatch.setattr(triton_kernels, name, Counted(name))
-    output = attend(**tensors(UNEVEN, torch.float32), **UNEVEN.grids)
+    output = attend(**tensors(case, torch.float32), **case.grids)
     assert launches == {"forward_kernel": 1}
     output.sum().backward()
-    assert launches == {"forward_kernel": 1, "query_gradient_kernel": 1, "cell_gradient_kernel": 1}
+    expected = ["forward_kernel", "query_gradient_kernel", "cell_gradient_kernel"][: 1 + backward]
+    assert launches == dict.fromkeys(expected, 1)
 
 
-def test_memory_layout_of_the_arguments_does_not_matter() -> None:
+@pytest.mark.parametrize("case", [UNEVEN, OWNED], ids=["uneven", "one query per cell"])
+def test_memory_layout_of_the_arguments_does_not_matter(case: Case) -> None:
     """Heads usually come as a view of (B, N, heads * d), and the gradient of a sum is one number, expanded."""
-    inputs = tensors(UNEVEN, torch.float32)
+    inputs = tensors(case, torch.float32)
     views = {
         name: x.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for name, x in inputs.items()
     }
     views["query"] = inputs["query"].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    assert not any(view.is_contiguous() for view in views.values())
-    output, output_of_views = (attend(**given, **UNEVEN.grids) for given in (inputs, views))
+    assert not any(views[name].is_contiguous() for name in ("query", "key", "value", "saliency"))
+    output, output_of_views = (attend(**given, **case.grids) for given in (inputs, views))
     assert torch.equal(output, output_of_views)
     output.sum().backward()
     output_of_views.backward(torch.ones_like(output))
@@ -101,12 +116,13 @@ def test_heads_are_joined_without_a_copy() -> None:
     assert all(x.transpose(1, 2).is_contiguous() for x in (output, *grads))
 
 
+@pytest.mark.parametrize("case", [UNEVEN, OWNED], ids=["uneven", "one query per cell"])
 @pytest.mark.parametrize("wanted", ["query", "value", "saliency", "bias"])
-def test_only_wanted_gradients_come(wanted: str) -> None:
-    inputs = tensors(UNEVEN, torch.float32)
-    everything = dict(zip(inputs, with_gradients(attend, inputs, **UNEVEN.grids)[1:], strict=True))
+def test_only_wanted_gradients_come(wanted: str, case: Case) -> None:
+    inputs = tensors(case, torch.float32)
+    everything = dict(zip(inputs, with_gradients(attend, inputs, **case.grids)[1:], strict=True))
     inputs = {name: x.detach().requires_grad_(name == wanted) for name, x in inputs.items()}
-    output = attend(**inputs, **UNEVEN.grids)
+    output = attend(**inputs, **case.grids)
     output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(1)))
     assert torch.equal(inputs[wanted].grad, everything[wanted])
     assert [name for name, x in inputs.items() if x.grad is not None] == [wanted]

@@ -1,10 +1,10 @@
 """The Triton kernels of local attention. Importing this module imports triton; its caller does so when first needed.
 
 Each program holds some queries, a row of channels each, and goes through the cells of their regions, one cell of every
-region at a time; for the gradients of keys and values it holds cells and goes through the queries that see them. A
-region holds few cells, four with the usual ratio, so the products are sums over channels in float32, not matrix
-products: a tensor core's smallest tile would be mostly padding, and the time goes into reading keys and values, which
-are read where they lie in the raster.
+region at a time; for the gradients of keys and values, where several queries see a cell, it holds cells and goes
+through these queries. A region holds few cells, four with the usual ratio, so the products are sums over channels in
+float32, not matrix products: a tensor core's smallest tile would be mostly padding, and the time goes into reading keys
+and values, which are read where they lie in the raster.
 
 Queries are counted by *slots*: block after block, the k*k places of each. A smaller last block leaves some slots empty.
 The cells of a region are counted in a frame as large as the largest region, level after level, which is the order of a
@@ -154,6 +154,9 @@ def query_gradient_kernel(
     lse,
     delta,  # (B*heads, slots) float32: grad_out . out of each query, for the next kernel
     grad_query,
+    grad_key,
+    grad_value,
+    grad_saliency,  # (B*heads, L*H*W) float32, the parts of the saliency gradient
     grad_logits,  # (B*heads, slots, places) float32, the parts of the bias gradient
     scale,
     query_batch, query_head, query_row,
@@ -162,11 +165,15 @@ def query_gradient_kernel(
     out_batch, out_head, out_row,
     grad_out_batch, grad_out_head, grad_out_row,
     grad_query_batch, grad_query_head, grad_query_row,
+    grad_key_batch, grad_key_head, grad_key_row,
+    grad_value_batch, grad_value_head, grad_value_row,
     heads, h, w, H, W, window, levels,
     slots, blocks_across, frame_rows, frame_columns, bias_slots,
     HAS_SALIENCY: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    WANTS_SALIENCY: tl.constexpr,
     WANTS_BIAS: tl.constexpr,
+    OWNS_CELLS: tl.constexpr,  # every cell is seen by one query, which then writes the cell's gradients too
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     DV: tl.constexpr,
@@ -174,7 +181,7 @@ def query_gradient_kernel(
     UNROLLED: tl.constexpr,
     QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of some queries and of the logits of all their cells."""
+    """The gradients of some queries and of the logits of their cells; and those of the cells, if no other sees them."""
     tiles = tl.cdiv(slots, QUERIES)
     image_head, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     image, head = image_head // heads, image_head % heads
@@ -184,6 +191,8 @@ def query_gradient_kernel(
     out += image * out_batch + head * out_head
     grad_out += image * grad_out_batch + head * grad_out_head
     grad_query += image * grad_query_batch + head * grad_query_head
+    grad_key += image * grad_key_batch + head * grad_key_head
+    grad_value += image * grad_value_batch + head * grad_value_head
 
     slot = tile * QUERIES + tl.arange(0, QUERIES)
     index, block_row, block_column, exists = _slot(slot, slots, h, w, window, blocks_across)
@@ -191,10 +200,11 @@ def query_gradient_kernel(
     go = _read(grad_out, index, grad_out_row, exists, DV, DV_PADDED)
     dot = tl.sum(go * _read(out, index, out_row, exists, DV, DV_PADDED), 1)
     norm = tl.load(lse + image_head * slots + slot, mask=exists, other=0.0)
-    tl.store(delta + image_head * slots + slot, dot, mask=exists)
+    if not OWNS_CELLS:
+        tl.store(delta + image_head * slots + slot, dot, mask=exists)
     top, height = _region(block_row, window, h, H)
     left, breadth = _region(block_column, window, w, W)
-    places = levels * frame_rows * frame_columns
+    cells, places = levels * H * W, levels * frame_rows * frame_columns
     gq = tl.zeros((QUERIES, D_PADDED), tl.float32)
     for place in tl.range(0, places, loop_unroll_factor=UNROLLED):
         cell, there = _framed_cell(place, top, height, left, breadth, H, W, frame_rows, frame_columns)
@@ -207,10 +217,19 @@ def query_gradient_kernel(
             logits += tl.load(bias + of_bias, mask=there, other=0.0).to(tl.float32)
         weights = tl.exp(tl.where(there, logits - norm, float("-inf")))
         grad_weights = tl.sum(go * v, 1)
+        if OWNS_CELLS and WANTS_SALIENCY:
+            tl.store(grad_saliency + image_head * cells + cell, weights * grad_weights, mask=there)
         if HAS_SALIENCY:
-            grad_weights *= tl.load(saliency + image * levels * H * W + cell, mask=there, other=0.0).to(tl.float32)
+            salient = tl.load(saliency + image * cells + cell, mask=there, other=0.0).to(tl.float32)
+            grad_weights *= salient
         gl = weights * (grad_weights - dot)
         gq += gl[:, None] * k
+        if OWNS_CELLS:
+            _write(grad_key, cell, grad_key_row, there, gl[:, None] * q, D, D_PADDED)  # q holds the scale
+            gv = weights[:, None] * go
+            if HAS_SALIENCY:
+                gv *= salient[:, None]
+            _write(grad_value, cell, grad_value_row, there, gv, DV, DV_PADDED)
         if WANTS_BIAS:
             # empty slots and places too, as zeros: all of it is summed up
             tl.store(grad_logits + (image_head * slots + slot) * places + place, gl, mask=slot < slots)

@@ -124,6 +124,11 @@ class _Geometry(NamedTuple):
     span_rows: int  # queries that see one cell, at most
     span_columns: int
 
+    @property
+    def owned(self) -> bool:
+        """Whether each cell is seen by one query alone."""
+        return self.span_rows == self.span_columns == 1
+
 
 @functools.lru_cache(maxsize=256)
 def _geometry(h: int, w: int, H: int, W: int, window: int) -> _Geometry:
@@ -227,34 +232,37 @@ def _backward(
     places = levels * geometry.frame_rows * geometry.frame_columns
     batch, heads = query.shape[:2]
     blocks = geometry.slots // window**2
-    delta = torch.empty_like(lse)
     logit_parts = lse.new_empty((batch, heads, blocks, window**2, places) if wants_bias else (0,))
     saliency_parts = lse.new_empty((batch, heads, key.shape[2]) if wants_saliency else (0,))
-
     scale = 1 / math.sqrt(query.shape[-1])
-    options = _options(query, value, saliency, bias)
+    options = _options(query, value, saliency, bias) | {"WANTS_SALIENCY": wants_saliency}
+    at_once = geometry.owned and options["UNROLLED"] > 1
+    delta = lse.new_empty((0,) if at_once else lse.shape)
+
     inputs = (query, key, value, _dense(saliency), _dense(bias))
     numbers = (heads, h, w, H, W, window, levels, *geometry[:4], _bias_slots(bias, geometry, window))
     queries, cells = _rows(geometry.slots, options), _rows(key.shape[2], options)
     with torch.cuda.device_of(query):
+        of_cells = (grad_key, grad_value, saliency_parts)
+        rasters = (query, key, value, out, grad_out, grad_query, grad_key, grad_value)
         kernels.query_gradient_kernel[(_programs(query, geometry.slots, queries),)](
-            *(*inputs, out, grad_out, lse, delta, grad_query, logit_parts, scale),
-            *(stride for x in (query, key, value, out, grad_out, grad_query) for stride in x.stride()[:3]),
+            *(*inputs, out, grad_out, lse, delta, grad_query, *of_cells, logit_parts, scale),
+            *(stride for x in rasters for stride in x.stride()[:3]),
             *numbers,
-            **options,
+            **_with_cells(options, at_once),
             WANTS_BIAS=wants_bias,
             QUERIES=queries,
             **_COMPILE,
         )
-        kernels.cell_gradient_kernel[(_programs(query, key.shape[2], cells),)](
-            *(*inputs, grad_out, lse, delta, grad_key, grad_value, saliency_parts, scale),
-            *(stride for x in (query, key, value, grad_out, grad_key, grad_value) for stride in x.stride()[:3]),
-            *(*numbers, *geometry[4:]),
-            **options,
-            WANTS_SALIENCY=wants_saliency,
-            CELLS=cells,
-            **_COMPILE,
-        )
+        if not at_once:
+            kernels.cell_gradient_kernel[(_programs(query, key.shape[2], cells),)](
+                *(*inputs, grad_out, lse, delta, *of_cells, scale),
+                *(stride for x in (query, key, value, grad_out, grad_key, grad_value) for stride in x.stride()[:3]),
+                *(*numbers, *geometry[4:]),
+                **options,
+                CELLS=cells,
+                **_COMPILE,
+            )
     grad_saliency = saliency_parts.sum(1).to(query.dtype) if wants_saliency else query.new_empty(0)
     grad_bias = query.new_empty(0)
     if bias is not None and wants_bias:
@@ -360,6 +368,12 @@ def _options(query: Tensor, value: Tensor, saliency: Tensor | None, bias: Tensor
         # Rows that are no power of two wide are read number by number; four at once would not fit the registers.
         "UNROLLED": 4 if _power_of_two(D) == D and _power_of_two(DV) == DV else 1,
     }
+
+
+def _with_cells(options: dict[str, Any], at_once: bool) -> dict[str, Any]:
+    """What the kernel of the queries' gradients is compiled for, with those of their cells or without."""
+    # Those are two rows more for each cell: with as many cells at once as without them, registers spill.
+    return {**options, "OWNS_CELLS": at_once, "UNROLLED": options["UNROLLED"] // 2 if at_once else options["UNROLLED"]}
 
 
 def _rows(count: int, options: dict[str, Any]) -> int:
