@@ -50,6 +50,14 @@ def test_every_suite_writes_ratios_to_its_first_candidate(suite: str, tmp_path: 
     assert (tmp_path / f"speed_cpu_{suite}.png").stat().st_size > 1000
 
 
+def test_first_tokens_after_several_tiles_stand_in_a_file_of_their_own(tmp_path: Path) -> None:
+    chosen = ["--suite", "ttft", "--decoder", "tiny", "--tiles", "2", "--tiles", "3", "--arm", "uncompressed"]
+    main([*chosen, "--repeats", "1", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "speed_cpu_ttft_tiny_x2_x3.json").read_text())["results"]
+    found = [(result["case"], result["name"]) for result in results]
+    assert found == [(case, name) for case in ("tiny x2", "tiny x3") for name in ("pooled", "uncompressed")]
+
+
 def test_a_candidate_that_cannot_run_here_is_named_and_the_others_are_measured() -> None:
     def unable() -> None:
         raise NotImplementedError("no such kernel")
@@ -80,6 +88,7 @@ def test_the_peak_is_what_results_hold_at_once() -> None:
         (["--suite", "operator"], "invalid choice"),
         (["--repeats", "0"], "--repeats 0: expected at least 1"),
         (["--threads", "0"], "--threads 0: expected at least 1"),
+        (["--tiles", "0"], "--tiles 0: expected at least 1"),
         (["--suite", "ttft", "--decoder", "Qwen3"], "invalid choice: 'Qwen3'"),
         (["--graphs"], "--graphs: expected with --device cuda"),
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "this torch sees no CUDA device")]),

@@ -38,6 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=[],
         help="for ttft; may be given several times (Qwen2-0.5B)",
     )
+    parser.add_argument(
+        "--tiles",
+        type=int,
+        action="append",
+        default=[],
+        help="for ttft: images in the one prompt; may be given several times (1, on a GPU 1 and 5)",
+    )
     parser.add_argument("--arm", action="append", default=[], help="for ttft: measure these beside the first, not all")
     parser.add_argument("--small", action="store_true", help="miniature sizes, to see that a suite runs")
     parser.add_argument("--graphs", action="store_true", help="on a GPU, time replays of CUDA graphs, not calls")
@@ -48,21 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("repeats", "threads"):
         if getattr(given, name) < 1:
             parser.error(f"--{name} {getattr(given, name)}: expected at least 1")
+    if min(given.tiles, default=1) < 1:
+        parser.error(f"--tiles {min(given.tiles)}: expected at least 1")
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device")
     if given.graphs and given.device != "cuda":
         parser.error("--graphs: expected with --device cuda")
     torch.set_num_threads(given.threads)
     plan = Plan(given.device, given.repeats, given.small, graphs=given.graphs)
+    first_token = partial(ttft.run, decoders=given.decoder, tiles=given.tiles, names=given.arm)
     for suite in given.suite or SUITES:
-        run = (
-            partial(ttft.run, decoders=tuple(given.decoder), names=tuple(given.arm))
-            if suite == "ttft"
-            else SUITES[suite]
-        )
-        results = run(plan)
+        results = (first_token if suite == "ttft" else SUITES[suite])(plan)
         show(results)
-        name = "_".join([suite, *(given.decoder if suite == "ttft" else []), *(["graphs"] if given.graphs else [])])
+        chosen = [*given.decoder, *(f"x{count}" for count in given.tiles)] if suite == "ttft" else []
+        name = "_".join([suite, *chosen, *(["graphs"] if given.graphs else [])])
         write(given.output / f"speed_{given.device}_{name}.json", {"suite": suite, **about(plan)}, results)
 
 

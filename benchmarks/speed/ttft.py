@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,19 +25,20 @@ _PRUNERS: dict[str, tuple[str, dict[str, Any]]] = {
 _PLAIN, _BESIDE = "SELA without kernels of ours, whole encoder", "SELA on a side stream, whole encoder"
 
 
-def run(plan: Plan, decoders: tuple[str, ...] = (), names: tuple[str, ...] = ()) -> list[Result]:
+def run(plan: Plan, decoders: Sequence[str] = (), tiles: Sequence[int] = (), names: Sequence[str] = ()) -> list[Result]:
     """Arms with 144 pooled tokens a tile against each other, against all 576, and against pruning these.
 
     Args:
         plan: how to measure. With CUDA graphs it is the forward pass alone, since ``generate()`` waits for the GPU.
         decoders: their names; none for the smallest.
+        tiles: images in the one prompt, a case for each number; none for one, on a GPU one and five.
         names: arms to measure beside the first; none for all.
 
     Raises:
         ValueError: an arm that there is not.
     """
     chosen = decoders or (("tiny",) if plan.small else ("Qwen2-0.5B",))
-    tiles = (1, 5) if plan.device == "cuda" else (1,)
+    tiles = tiles or ((1, 5) if plan.device == "cuda" else (1,))
     results = []
     for decoder in chosen:
         base = build(decoder, plan.device, dtype=plan.dtype)
