@@ -50,7 +50,7 @@ def attach_vision_remember(
         **overrides: fields of :class:`vision_remember.VisionRememberConfig`.
 
     Returns:
-        The handle: ``print`` it to see what was attached where.
+        The handle; ``print`` it to see what was attached where.
 
     Raises:
         ValueError: an unknown host, layers or levels that it does not have, an unknown option, a model that is
