@@ -83,7 +83,7 @@ def test_train_and_test_share_no_page(task: str) -> None:
     assert min(map(len, pages.values())) > 200  # and pages do differ
 
 
-def test_train_and_test_share_no_photograph_and_no_handwriting() -> None:
+def test_photographs_and_samples_of_handwriting_are_split_without_overlap() -> None:
     assert set(PHOTOS["train"]).isdisjoint(PHOTOS["test"])
     for digit in range(10):
         samples = {split: {one.tobytes() for one in handwriting(split, digit, 8, 8)} for split in SPLITS}
