@@ -50,7 +50,7 @@ def attach_vision_remember(
         **overrides: fields of :class:`vision_remember.VisionRememberConfig`.
 
     Returns:
-        The handle: ``print`` it to see what was attached where.
+        The handle; ``print`` it to see what was attached where.
 
     Raises:
         ValueError: an unknown host, layers or levels that it does not have, an unknown option, a model that is
@@ -121,8 +121,9 @@ def refuse_compiled(model: nn.Module, newcomer: str = "Vision Remember") -> None
     for name, module in model.named_modules():
         compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
         if compiled or "_compiled_call" in module.__dict__:
+            where = f" {name!r}" if name else ""
             raise ValueError(
-                f"{type(module).__name__} {name!r} is compiled already and would not notice {newcomer}: attach to "
+                f"{type(module).__name__}{where} is compiled already and would not notice {newcomer}: attach to "
                 "a freshly loaded model, then compile"
             )
 

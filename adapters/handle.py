@@ -120,7 +120,11 @@ class VisionRememberHandle:
         return {name: count for name, count, _ in self._counts(self._parts())}
 
     def detach(self) -> None:
-        """Takes Vision Remember off the model: module tree, hooks and state dict are as before attach."""
+        """Takes Vision Remember off the model: module tree, hooks and state dict are as before attach.
+
+        Raises:
+            RuntimeError: it was detached already.
+        """
         self._attachment.uninstall()
 
     @contextmanager
@@ -190,7 +194,7 @@ class VisionRememberHandle:
             FSDP2 on all processes but the first; all have to call this.
 
         Raises:
-            ValueError: no repository id.
+            ValueError: ``repo_id`` is no name of a repository.
         """
         return push_adapter(
             self._attachment,

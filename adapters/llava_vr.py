@@ -80,12 +80,12 @@ class LlavaVR:
 
     @property
     def num_parameters(self) -> int:
-        """Of everything; embeddings that two parts share count once."""
+        """Parameters of everything; embeddings that two parts share count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def size(self) -> str:
-        """The number of parameters as the paper prints it: "0.9B"."""
+        """The number of parameters as the paper prints it, such as "0.9B"."""
         return f"{self.num_parameters / 1e9:.1f}B"
 
     def __str__(self) -> str:

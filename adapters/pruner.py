@@ -50,7 +50,7 @@ def attach_pruner(model: nn.Module, name: str, *, spec: MLLMSpec | None = None, 
         **options: of the pruner; its class in :mod:`vision_remember.pruning` describes them.
 
     Returns:
-        The handle: ``print`` it to see what is dropped where.
+        The handle; ``print`` it to see what is dropped where.
 
     Raises:
         ValueError: an unknown pruner or option, layers that the decoder does not have, or a host in which tokens cannot
@@ -96,7 +96,7 @@ class PrunerHandle:
     def tokens_per_layer(self) -> Tensor | None:
         """(layers, B), vision tokens that each decoder layer was given in the last forward pass with images.
 
-        None before the first, and after a pass that another thread is in the middle of, that of the last that ended.
+        None before the first such pass. While a pass is under way in another thread, the counts of the last that ended.
         """
         return self._own.last
 

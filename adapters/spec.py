@@ -74,7 +74,7 @@ class MLLMSpec:
     Attributes:
         name: ``config.model_type`` of the host.
         base: the module whose forward encodes images and calls the decoder, and whose ``get_image_features`` returns
-            an output with ``pooler_output``, one (h*w, D) tensor per image.
+            (h*w, D) of each image, as it is or as the ``pooler_output`` of an output.
         encoder: the vision encoder.
         projector: the module between encoder and decoder; None if there is none outside the encoder.
         decoder: the language model whose layers are called with the keywords given to the base.

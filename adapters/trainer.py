@@ -28,11 +28,10 @@ _TRAINER_STATE = "trainer_state.json"
 class VisionRememberCallback(TrainerCallback):
     """Attaches Vision Remember, saves an adapter folder in every checkpoint, and makes resuming exact.
 
-    Compress the projector before, and pass the processor that was given to ``compress_projector``:
-    the data depend on it.
+    Compress the projector before, and prepare the data with the processor that was given to ``compress_projector``.
 
     By itself, a Trainer that resumes LLaVA restores no weight: the checkpoint has the names of files, the model has
-    others, and nothing but a warning tells. With this callback the names are translated, the blocks are read from their
+    others, and only a warning tells. With this callback the names are translated, the blocks are read from their
     adapter folder, and a checkpoint that does not fit is an error. The same holds for ``load_best_model_at_end``.
 
     Args:

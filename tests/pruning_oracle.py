@@ -227,8 +227,3 @@ def continued(
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         alive = {layer: torch.cat([left, torch.ones_like(left[:, :1])], 1) for layer, left in alive.items()}
     return torch.cat(tokens, 1), torch.stack(scores, 1)
-
-
-def last_real(inputs: dict[str, Any], row: int) -> int:
-    """The place of a row's last token."""
-    return int(inputs["attention_mask"][row].nonzero()[-1])

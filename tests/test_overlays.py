@@ -21,7 +21,7 @@ from vision_remember import (
     saliency_map,
 )
 from vision_remember.adapters.transport import rows_of
-from vision_remember.analysis import RegionAttention, linear_probe, saliency_maps
+from vision_remember.analysis import RegionAttention, SaliencyMap, linear_probe, saliency_maps
 from vision_remember.memory import VisionMemory, spans
 
 SIZES = [(40, 61), (90, 33), (30, 30)]
@@ -93,6 +93,12 @@ def test_tiles_that_a_host_keeps_apart_are_not_stitched() -> None:
         found.resized(4, 4)
     (ended,) = saliency_maps((replace(memory, slots=torch.arange(8), spans=spans([8], [2])),))
     assert ended.stitched is None
+
+
+def test_a_map_is_resized_by_bilinear_interpolation() -> None:
+    found = SaliencyMap(torch.zeros(1, 2, 2), torch.tensor([[0.0, 4.0], [8.0, 12.0]]))
+    columns, rows = torch.tensor([0.0, 1.0, 3.0, 4.0]), torch.tensor([[0.0], [2.0], [6.0], [8.0]])
+    torch.testing.assert_close(found.resized(4, 4), columns + rows)
 
 
 def test_maps_need_saliency_images_and_an_attachment() -> None:

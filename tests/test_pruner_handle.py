@@ -53,6 +53,22 @@ def test_one_at_a_time() -> None:
     attach_pruner(model, "uniform").detach()
 
 
+def test_disabled_nests_and_detaching_twice_does_no_harm() -> None:
+    model, handle = pruned("uniform")
+    inputs = prompt(model)
+    dropped = logits(model, inputs)
+    with handle.disabled():
+        whole = logits(model, inputs)
+        with handle.disabled():
+            pass
+        assert torch.equal(logits(model, inputs), whole)
+    assert torch.equal(logits(model, inputs), dropped)
+    assert not torch.equal(dropped, whole)
+    handle.detach()
+    handle.detach()
+    assert torch.equal(logits(model, inputs), whole)
+
+
 @pytest.mark.parametrize("name", ["fastv", "uniform"])
 def test_a_compressed_projector_goes_with_pruners_of_the_decoder(name: str) -> None:
     model = build("llava")

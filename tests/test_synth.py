@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,7 +83,7 @@ def test_train_and_test_share_no_page(task: str) -> None:
     assert min(map(len, pages.values())) > 200  # and pages do differ
 
 
-def test_train_and_test_share_no_photograph_and_no_handwriting() -> None:
+def test_photographs_and_samples_of_handwriting_are_split_without_overlap() -> None:
     assert set(PHOTOS["train"]).isdisjoint(PHOTOS["test"])
     for digit in range(10):
         samples = {split: {one.tobytes() for one in handwriting(split, digit, 8, 8)} for split in SPLITS}
@@ -112,6 +114,16 @@ def test_scenes_stay_what_they_are() -> None:
                 page, questions = draw_page(task, 5, level=level)
                 digest.update(page.labels.astype("<i2").tobytes() + repr(questions).encode())
     assert digest.hexdigest() == "2b6ddc78f1384e9ec6fa4a62da9f9ccdb023fcf3c2a61c3da301d69928c8a76b"
+
+
+def test_the_page_shows_what_a_scene_holds() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "synth.md").read_text(encoding="utf-8")
+    made, call = re.findall(r"^(scene) = (make_scene\(.*\))$", page, re.MULTILINE)[0]
+    names = {made: eval(call)}
+    shown = re.findall(r'^(scene\.\S+) +# "(.*)"$', page, re.MULTILINE)
+    assert len(shown) == 2
+    for expression, text in shown:
+        assert eval(expression, names) == text
 
 
 def test_draws_are_the_same_everywhere() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from vision_remember.synth import TASKS
+from vision_remember.synth import TASKS, baselines
 from vision_remember.synth.baselines import bag_accuracy, blind_accuracy, pooled_groups, rearrange
 
 
@@ -40,6 +42,13 @@ def test_a_cell_of_its_own_tells_everything(task: str) -> None:
 def test_characters_reach_the_known_ceiling_of_bags() -> None:
     """Four letters in a pooled cell: guessing the most frequent one among them is right in 32 % of cases."""
     assert 0.25 < bag_accuracy("characters", 2, scenes=60, questions=16) < 0.40
+
+
+def test_answers_that_are_equally_frequent_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = itertools.cycle([True, False])
+    task = dataclasses.replace(TASKS["characters"], solve=lambda _, asked: asked.answer if next(right) else "another")
+    monkeypatch.setattr(baselines, "TASKS", {"characters": task})
+    assert bag_accuracy("characters", 2, scenes=3, questions=1) == 0.5
 
 
 @pytest.mark.parametrize("task", ["sequence", "table_rule", "gears", "relation", "position"])

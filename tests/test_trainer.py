@@ -277,3 +277,9 @@ def test_trl_trains_on_images(lora: bool, tmp_path: Path) -> None:
     for layer in LAYERS:
         for name, parameter in twin.model.language_model.layers[layer].vision_remember.named_parameters():
             assert torch.equal(parameter, trained[f"{layer}.{name}"])
+
+
+def test_the_callback_trains_the_encoder_when_told_to() -> None:
+    model = host()
+    VisionRememberCallback([1], phase=2, train_encoder=True).on_init_end(None, None, None, model=model)  # type: ignore[arg-type]
+    assert all(parameter.requires_grad for parameter in model.model.vision_tower.parameters())

@@ -73,7 +73,7 @@ class VisionRemember(nn.Module):
 
         Args:
             config: the choices.
-            query_dim: D.
+            query_dim: D, width of the decoder.
             feature_dim: C, all levels.
             num_levels: encoder levels in the features, all of one width.
             level_dims: the width of each level, where they differ.
@@ -103,7 +103,7 @@ class VisionRemember(nn.Module):
     ) -> Any:
         """The part of the work that needs the image alone; give the result to :meth:`forward` as ``features``.
 
-        With ``token_grid`` it fits tokens of that grid alone, and saves them copies; see :meth:`Interaction.prepare`.
+        With ``token_grid`` it fits tokens of that grid alone, and spares copies; see :meth:`Interaction.prepare`.
         """
         return self.interaction.prepare(
             self._cast_features(features),
@@ -252,7 +252,7 @@ class VisionRemember(nn.Module):
             hidden: (B, S, D).
             positions: (T*h*w,), ascending: the rows of all (B*S) that hold the tokens, tile by tile.
             prepared: for kernels, by :meth:`SELA.project_rasters`.
-            tiles: T.
+            tiles: how many, T.
             token_grid: (h, w).
 
         Returns:

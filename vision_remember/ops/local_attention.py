@@ -53,7 +53,7 @@ def local_attention(
         value: (B, heads, L*H*W, d_v), in the order of the keys.
         query_grid: (h, w).
         key_grid: (H, W).
-        key_levels: L.
+        key_levels: how many levels the keys come from, L.
         window: side k of a block, in queries.
         saliency: (B, L*H*W), multiplies the values only, after the softmax has normalised: where it is small the output
             shrinks (eq. 3 applied as the paper describes).

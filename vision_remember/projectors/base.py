@@ -51,7 +51,7 @@ class Projector(nn.Module):
 
     @property
     def feature_dim(self) -> int:
-        """Width of the features that it is given: C, once per level."""
+        """C, once per level, the width of the features that it is given."""
         return self.in_dim * max(1, len(self.encoder_levels))
 
     def out_grid(self, grid: Grid) -> Grid:
