@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from torch import nn
@@ -123,15 +122,9 @@ class VisionRememberHandle:
         """Takes Vision Remember off the model: module tree, hooks and state dict are as before attach."""
         self._attachment.uninstall()
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside the ``with`` the model runs as if nothing were attached."""
-        before = self._attachment.enabled
-        self._attachment.enabled = False
-        try:
-            yield
-        finally:
-            self._attachment.enabled = before
+    def disabled(self) -> AbstractContextManager[None]:
+        """Inside the ``with`` the model runs as if nothing were attached, in every thread."""
+        return self._attachment.disabled()
 
     def set_phase(self, phase: Literal[1, 2], *, train_encoder: bool = False) -> None:
         """Chooses what trains, as the paper does (section 5.2), and prints it.

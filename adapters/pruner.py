@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -104,15 +103,9 @@ class PrunerHandle:
         """Takes the pruner off the model: module tree and hooks are as before attach. Twice does no harm."""
         self._own.uninstall()
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside the ``with`` nothing is dropped; caches that were filled before stay usable."""
-        before = self._own.enabled
-        self._own.enabled = False
-        try:
-            yield
-        finally:
-            self._own.enabled = before
+    def disabled(self) -> AbstractContextManager[None]:
+        """Inside the ``with`` nothing is dropped, in any thread; caches that were filled before stay usable."""
+        return self._own.disabled()
 
     def __repr__(self) -> str:
         own = self._own
