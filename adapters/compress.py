@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from vision_remember.adapters.attachment import find_attachment
+from vision_remember.adapters.devices import refuse_absent
 from vision_remember.adapters.processor import PlaceholderCount, tokens_per_tile
-from vision_remember.adapters.resolve import HostParts, resolve
+from vision_remember.adapters.resolve import HostParts, adapted_part, resolve
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.adapters.token_grid import PatchSize, tile_side
 from vision_remember.encoder import find_module, level_width, scale_levels
@@ -212,6 +213,18 @@ def _build(parts: HostParts, name: str, ratio: int | None, out_grid: Grid | None
     weights = dict(original.named_parameters())
     if not weights:
         raise ValueError(f"{type(original).__name__} has no parameters to tell the features' width from")
+    if adapted_part(original) is not None:
+        raise ValueError(
+            "PEFT adapts the projector, and a new one could not take over what that learned: compress the projector "
+            "first, then get_peft_model"
+        )
+    quantised = [str(weight.dtype) for weight in weights.values() if not weight.is_floating_point()]
+    if quantised:
+        raise ValueError(
+            f"{type(original).__name__} has weights of {quantised[0]}, which could not be copied: keep the projector "
+            "out of the quantisation"
+        )
+    refuse_absent(weights, type(original).__name__, "compress the projector after loading and before offloading it")
     like = next(iter(weights.values()))
     projector = new_projector(parts, name, ratio=ratio, out_grid=out_grid, **options)
     if projector.encoder_levels and not hasattr(getattr(parts.model, "config", None), "vision_feature_layer"):

@@ -88,6 +88,12 @@ def trained_copy(module: nn.Module) -> nn.Module:
     return copies[module.active_adapter] if isinstance(copies, nn.ModuleDict) else module  # type: ignore[index]
 
 
+def adapted_part(module: nn.Module) -> str | None:
+    """The name of a part that PEFT has put a layer of its own around; None if there is none."""
+    wrapped = (name for name, m in module.named_modules() if hasattr(m, "base_layer") or hasattr(m, "original_module"))
+    return next(wrapped, None)
+
+
 def resolve(model: nn.Module, spec: MLLMSpec | None = None) -> HostParts:
     """The parts of a host.
 

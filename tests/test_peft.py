@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 
+from tests.fingerprint import structure
 from tests.hosts import IMAGE_TOKEN, batch, build_llava, randomise, set_checkpointing
 from tests.processors import llava_processor
 from vision_remember import attach_vision_remember, compress_projector, detach_vision_remember, load_vision_remember
@@ -129,6 +130,29 @@ def test_all_linear_matches_the_blocks_unless_they_are_excluded() -> None:
     blocks = [name for name in gradients if "vision_remember" in name]
     assert len(blocks) == 2 * 8
     assert all(gradients[name].abs().sum() > 0 for name in blocks)
+
+
+def test_what_lora_learns_inside_the_blocks_is_no_adapter_folder(tmp_path: Path) -> None:
+    model = host()
+    handle = attach_vision_remember(model, LAYERS)
+    handle.save_pretrained(tmp_path / "adapter")
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    wrapped = lora(model, target_modules="all-linear")
+    with pytest.raises(ValueError, match=r"adapter around vision_remember.1.interaction.vr_query, which no adapter"):
+        handle.save_pretrained(tmp_path / "adapter")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == saved
+    wrapped.merge_and_unload()
+    handle.save_pretrained(tmp_path / "merged")
+    load_vision_remember(build_llava(), tmp_path / "merged", llava_processor("clip", 32, 4))
+
+
+@pytest.mark.parametrize("options", [{"target_modules": "all-linear"}, {"modules_to_save": [OURS[1]]}])
+def test_a_projector_that_peft_adapts_is_not_swapped(options: dict[str, Any]) -> None:
+    model = lora(build_llava(), **options)
+    before = structure(model)
+    with pytest.raises(ValueError, match="compress the projector first, then get_peft_model"):
+        compress_projector(model, None, "adaptive_avg_pool", ratio=4)
+    assert structure(model) == before
 
 
 @pytest.mark.parametrize("order", ORDERS)
