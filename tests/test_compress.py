@@ -135,6 +135,31 @@ def test_a_processor_of_another_model_is_refused() -> None:
     before.check(model)
 
 
+@pytest.mark.parametrize("encoder", REAL_SIZES)
+def test_a_processor_that_was_saved_compressed_serves_a_fresh_model(encoder: str, tmp_path: Path) -> None:
+    model, processor = real_sized(encoder)
+    *_, full, pooled = REAL_SIZES[encoder]
+    compress_projector(model, processor, "adaptive_avg_pool", ratio=4)
+    attach_vision_remember(model, [1]).save_pretrained(tmp_path / "adapter")
+    processor.save_pretrained(tmp_path / "processor")
+    twin, saved = real_sized(encoder)[0], type(processor).from_pretrained(tmp_path / "processor")
+    handle = load_vision_remember(twin, tmp_path / "adapter", saved)
+
+    def tokens() -> int:
+        inputs = ask(saved, 1)
+        with torch.no_grad():
+            twin(**inputs)  # raises if placeholders and features disagree
+        return int((inputs["input_ids"] == IMAGE_TOKEN).sum())
+
+    assert tokens() == pooled
+    handle.detach()
+    handle.compression.restore()
+    assert tokens() == full
+    compress_projector(real_sized(encoder)[0], saved, "adaptive_avg_pool", ratio=9)
+    with pytest.raises(ValueError, match=rf"emits {full // 9} image tokens .* makes {full}"):
+        compress_projector(twin, saved, "adaptive_avg_pool", ratio=4)
+
+
 def test_a_processor_that_keeps_its_own_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = real_sized("clip")
     before = Fingerprint(model)

@@ -9,10 +9,11 @@ import peft
 import pytest
 import torch
 
-from tests.fingerprint import structure
+from tests.fingerprint import Fingerprint, structure
 from tests.hosts import IMAGE_TOKEN, batch, build_llava, randomise, set_checkpointing
 from tests.processors import llava_processor
 from vision_remember import attach_vision_remember, compress_projector, detach_vision_remember, load_vision_remember
+from vision_remember.adapters.processor import PlaceholderCount
 
 # PEFT asks for names that transformers is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -144,6 +145,27 @@ def test_what_lora_learns_inside_the_blocks_is_no_adapter_folder(tmp_path: Path)
     wrapped.merge_and_unload()
     handle.save_pretrained(tmp_path / "merged")
     load_vision_remember(build_llava(), tmp_path / "merged", llava_processor("clip", 32, 4))
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+def test_a_projector_that_peft_trained_can_be_restored(how: str) -> None:
+    model, processor = build_llava(), llava_processor("clip", 32, 4)
+    before, count = Fingerprint(model), PlaceholderCount.read(processor)
+    compression = compress_projector(model, processor, "adaptive_avg_pool", ratio=4)
+    handle = attach_vision_remember(model, LAYERS)
+    wrapped = lora(model, modules_to_save=OURS)
+    trained = train(wrapped, batch(model))
+    assert any(OURS[1] in name for name in trained)
+    handle.detach()
+    with pytest.raises(RuntimeError, match="a ModulesToSaveWrapper stands in its place"):
+        compression.restore()
+    getattr(wrapped, how)()
+    compression.restore()
+    assert PlaceholderCount.read(processor) == count
+    state = model.model.multi_modal_projector.state_dict()
+    assert all(torch.equal(tensor, before.tensors[f"model.{OURS[1]}.{name}"]) for name, tensor in state.items())
+    with pytest.raises(RuntimeError, match="restored already"):
+        compression.restore()
 
 
 @pytest.mark.parametrize("options", [{"target_modules": "all-linear"}, {"modules_to_save": [OURS[1]]}])
