@@ -13,6 +13,7 @@ Nothing about a call is kept anywhere else: no state can be stale, and checkpoin
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -243,7 +244,13 @@ def feature_dim(parts: HostParts, tap: MultiLevelTap) -> int:
 
 
 def find_attachment(model: nn.Module) -> Attachment | None:
-    """The attachment anywhere in a model, wrapped or not; None if there is none."""
+    """The attachment anywhere in a model, wrapped or not; None if there is none.
+
+    Raises:
+        ValueError: that is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a model, as from_pretrained() returns it, not {reprlib.repr(model)}")
     for module in model.modules():
         if SLOT in module.__dict__:
             return module.__dict__[SLOT]

@@ -57,13 +57,13 @@ def attach_pruner(model: nn.Module, name: str, *, spec: MLLMSpec | None = None, 
         RuntimeError: a pruner is attached already, or Vision Remember is.
     """
     pruner = build_pruner(name, **options)
-    if find_pruner(model) is not None:
-        raise RuntimeError("a pruner is attached to this model already; detach it first")
     if find_attachment(model) is not None:
         raise RuntimeError(
             "Vision Remember is attached to this model, and its blocks look for vision tokens that a pruner may have "
             "dropped; detach_vision_remember(model) first"
         )
+    if find_pruner(model) is not None:
+        raise RuntimeError("a pruner is attached to this model already; detach it first")
     warn_outside_the_windows()
     refuse_compiled(model, "a pruner")
     parts = resolve(model, spec)

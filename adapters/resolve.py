@@ -105,7 +105,10 @@ def resolve(model: nn.Module, spec: MLLMSpec | None = None) -> HostParts:
         ValueError: no spec can be found, or the spec names what the model does not have.
     """
     model = unwrapped(model)
-    spec = spec or host_spec(model)
+    if spec is None:
+        spec = host_spec(model)
+    elif not isinstance(spec, MLLMSpec):
+        raise ValueError(f"spec={spec!r}: expected an MLLMSpec, as MLLMSpec.from_dict makes it")
     base = find_module(model, spec.base, "base")
     if not callable(getattr(base, "get_image_features", None)):
         raise ValueError(f"{type(base).__name__} at {spec.base!r} has no get_image_features to read an image's tokens")

@@ -112,6 +112,8 @@ def test_bad_requests_change_neither_model_nor_processor() -> None:
     requests: list[tuple[dict[str, Any], str]] = [
         ({"name": "adaptive_avg_pol", "ratio": 4}, "did you mean 'adaptive_avg_pool'"),
         ({"ratio": 5}, "ratio=5: expected the square"),
+        ({"ratio": "4"}, "ratio='4': expected the square"),
+        ({"ratio": 4.0}, "ratio=4.0: expected the square"),
         ({"ratio": 4, "out_grid": (2, 2)}, "exactly one of the two"),
         ({}, "exactly one of the two"),
         ({"out_grid": (25, 3)}, "at most the features' grid 24x24"),
