@@ -112,7 +112,7 @@ def resolve(model: nn.Module, spec: MLLMSpec | None = None) -> HostParts:
     base = find_module(model, spec.base, "base")
     if not callable(getattr(base, "get_image_features", None)):
         raise ValueError(f"{type(base).__name__} at {spec.base!r} has no get_image_features to read an image's tokens")
-    encoder = find_module(model, spec.encoder, "vision encoder")
+    encoder = trained_copy(find_module(model, spec.encoder, "vision encoder"))
     projector = None if spec.projector is None else find_module(model, spec.projector, "projector")
     decoder = find_module(model, spec.decoder, "decoder")
     encoder_names = spec.encoder_spec or encoder_spec(encoder)

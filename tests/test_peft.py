@@ -133,6 +133,36 @@ def test_all_linear_matches_the_blocks_unless_they_are_excluded() -> None:
     assert all(gradients[name].abs().sum() > 0 for name in blocks)
 
 
+def test_an_encoder_that_peft_copied_is_named() -> None:
+    model = host()
+    attach_vision_remember(model, LAYERS)
+    wrapped = lora(model, modules_to_save=["vision_tower"])
+    with pytest.raises(ValueError, match=r"'model.vision_tower' was .* copied .* attach behind get_peft_model"):
+        wrapped(**batch(model))
+
+
+def test_an_encoder_that_peft_trains_whole_is_read_once_attached_behind() -> None:
+    plain, wrapped = host(), lora(host(), modules_to_save=["vision_tower"])
+    inputs, before = batch(plain), structure(wrapped)
+    for model in (plain, wrapped):
+        torch.manual_seed(0)
+        handle = attach_vision_remember(model, LAYERS)
+        randomise(handle)
+    torch.testing.assert_close(logits(wrapped, inputs), logits(plain, inputs), atol=1e-5, rtol=1e-5)
+    weight = wrapped.get_base_model().model.vision_tower.modules_to_save["default"].encoder.layers[0].mlp.fc1.weight
+    with handle.disabled():
+        wrapped(**inputs).logits.sum().backward()
+    alone, weight.grad = weight.grad, None
+    wrapped(**inputs).logits.sum().backward()
+    assert not torch.allclose(weight.grad, alone, rtol=0.1)
+    expected = logits(wrapped, inputs)
+    handle.detach()
+    assert structure(wrapped)["modules"] == before["modules"]
+    torch.manual_seed(0)
+    randomise(attach_vision_remember(wrapped, LAYERS))
+    torch.testing.assert_close(logits(wrapped.merge_and_unload(), inputs), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_what_lora_learns_inside_the_blocks_is_no_adapter_folder(tmp_path: Path) -> None:
     model = host()
     handle = attach_vision_remember(model, LAYERS)
