@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 import transformers as hf
 
 from tests.fingerprint import Fingerprint
-from tests.hosts import ENCODER_CONFIGS, IMAGE_TOKEN, VOCABULARY, batch, build_llava
+from tests.hosts import ENCODER_CONFIGS, IMAGE_TOKEN, VOCABULARY, batch, build_llava, randomise
 from tests.processors import llava_processor
+from tests.zoo import call_inputs
+from tests.zoo_checks import subject
 from vision_remember import attach_vision_remember, compress_projector, load_vision_remember
+from vision_remember.adapters.resolve import resolve
 
 # The grids of CLIP-L/14-336 and SigLIP-so400m/14-384.
 REAL_SIZES = {"clip": (336, 14, 576, 144), "siglip": (384, 14, 729, 196)}
@@ -160,6 +164,34 @@ def test_a_processor_that_was_saved_compressed_serves_a_fresh_model(encoder: str
     compress_projector(real_sized(encoder)[0], saved, "adaptive_avg_pool", ratio=9)
     with pytest.raises(ValueError, match=rf"emits {full // 9} image tokens .* makes {full}"):
         compress_projector(twin, saved, "adaptive_avg_pool", ratio=4)
+
+
+@pytest.mark.parametrize("projector", ["adaptive_avg_pool", "qformer"])
+@pytest.mark.parametrize("model_type", ["vipllava", "video_llava", "janus"])
+def test_an_adapter_of_a_host_that_was_found_out_loads_with_its_projector(
+    model_type: str, projector: str, tmp_path: Path
+) -> None:
+    host = subject(model_type)
+    model, twin = host.model, copy.deepcopy(host.model)
+    vision = model.config.vision_config
+
+    def processor() -> Any:
+        encoder = "clip" if host.parts.encoder_spec.name == "clip" else "siglip"
+        return llava_processor(encoder, vision.image_size, vision.patch_size)
+
+    compress_projector(model, processor(), projector, ratio=4)
+    inputs = call_inputs(model, resolve(model))
+    handle = attach_vision_remember(model, [1, 2])
+    randomise(handle)
+    handle.save_pretrained(tmp_path / "adapter")
+    loaded = load_vision_remember(twin, tmp_path / "adapter", processor())
+    with torch.no_grad():
+        assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
+    loaded.detach()
+    loaded.compression.restore()
+    assert resolve(twin).spec == handle.spec == host.parts.spec
+    with torch.no_grad():
+        assert torch.equal(twin(**host.inputs).logits, host.alone)
 
 
 def test_a_processor_that_keeps_its_own_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
