@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -67,11 +67,20 @@ def attach_vision_remember(
     refuse_compiled(model)
     if is_sharded(model):
         raise ValueError("this model is sharded already, and the blocks would not be: attach, then fully_shard")
-    chosen = {name: tuple(value) for name, value in (("layers", layers), ("levels", levels)) if value is not None}
+    wanted = {"layers": layers, "levels": levels}
+    chosen = {
+        name: tuple(value) if isinstance(value, Iterable) else value
+        for name, value in wanted.items()
+        if value is not None
+    }
     if config is None:
         config = VisionRememberConfig.from_preset(preset, **chosen, **overrides)
-    else:
+    elif isinstance(config, VisionRememberConfig):
         config = config.replace(**chosen, **overrides)
+    else:
+        raise ValueError(
+            f"config={config!r}: expected a VisionRememberConfig, as VisionRememberConfig.from_dict makes it"
+        )
 
     parts = resolve(model, spec)
     config, tap = plan(parts, config)

@@ -13,6 +13,7 @@ Nothing about a call is kept anywhere else: no state can be stale, and checkpoin
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -28,13 +29,14 @@ from vision_remember.adapters.interception import MethodInterception
 from vision_remember.adapters.own_forward import OwnForward
 from vision_remember.adapters.resolve import HostParts
 from vision_remember.adapters.tokens import placeholders, text_positions, wants_tuple
-from vision_remember.adapters.transport import recalls_of, with_rows, without_rows
+from vision_remember.adapters.transport import recalls_of, with_rows, without_memory, without_rows
 from vision_remember.adapters.unread import UnreadBlocks
 from vision_remember.config import VisionRememberConfig
 from vision_remember.encoder import find_module, level_width
-from vision_remember.memory import Recall
+from vision_remember.memory import Recall, VisionMemory
 from vision_remember.remember import VisionRemember, prepare_together
 from vision_remember.tap import MultiLevelTap
+from vision_remember.threads import Switchable
 
 NAME = "vision_remember"
 """The block's name in its decoder layer, and the keyword that carries the memory to it."""
@@ -54,7 +56,7 @@ _PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_va
 """The arguments that may hold raw pixels, by modality."""
 
 
-class Attachment:
+class Attachment(Switchable):
     """Vision Remember in one host.
 
     Attributes:
@@ -62,7 +64,6 @@ class Attachment:
         spec: its names.
         config: the choices, complete.
         tap: reads the encoder.
-        enabled: whether forward passes use it.
         side_stream: whether a GPU prepares what the blocks read beside the decoder's first layers.
     """
 
@@ -74,7 +75,6 @@ class Attachment:
         self.spec = parts.spec
         self.config = config
         self.tap = tap
-        self.enabled = True
         self._base = parts.base
         self._layers = parts.layers
         self._token_ids = {"image": parts.image_token_id}
@@ -136,7 +136,7 @@ class Attachment:
     def before_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hook: encodes what there is to encode and hands the memory to the decoder."""
         if not self.enabled:
-            return None
+            return without_memory(args, kwargs)
         # A dictionary of our own: torch.compile breaks its graph after a change of the caller's.
         named = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) if args else {}
         kwargs = {**named, **kwargs}
@@ -161,6 +161,16 @@ class Attachment:
             encoded = self._encoding.run(base, method, modality, *args, **kwargs, return_dict=True)
         output = with_rows(*encoded)
         return output.to_tuple() if as_tuple else output
+
+    def memories(self, **arguments: Any) -> tuple[VisionMemory, ...]:
+        """What the blocks get of images, while disabled as well.
+
+        Args:
+            **arguments: of ``get_image_features``.
+        """
+        named = {"return_dict": True} if self._own_forward is None else {}
+        method = INTERCEPTION.original(self._base, "get_image_features")
+        return self._encoding.run(self._base, method, "image", **arguments, **named)[1]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied or unpickled host is one more instance, perhaps in a process that never attached.
@@ -234,7 +244,13 @@ def feature_dim(parts: HostParts, tap: MultiLevelTap) -> int:
 
 
 def find_attachment(model: nn.Module) -> Attachment | None:
-    """The attachment anywhere in a model, wrapped or not; None if there is none."""
+    """The attachment anywhere in a model, wrapped or not; None if there is none.
+
+    Raises:
+        ValueError: that is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a model, as from_pretrained() returns it, not {reprlib.repr(model)}")
     for module in model.modules():
         if SLOT in module.__dict__:
             return module.__dict__[SLOT]

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vision_remember.adapters.attachment import Attachment
+from vision_remember.adapters.devices import fetched, refuse_absent
 from vision_remember.adapters.model_card import model_card
-from vision_remember.adapters.resolve import HostParts, model_type_of, trained_copy
+from vision_remember.adapters.resolve import HostParts, adapted_part, model_type_of, trained_copy
 from vision_remember.adapters.sharding import class_name, fill, is_sharded, whole
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.config import VisionRememberConfig
@@ -55,10 +56,24 @@ class SavedAdapter:
     tensors: dict[str, Tensor]
 
 
-def adapter_modules(attachment: Attachment, projector: nn.Module | None) -> dict[str, nn.Module]:
-    """The modules whose weights an adapter holds, by their prefix."""
+def adapter_modules(attachment: Attachment, parts: HostParts) -> dict[str, nn.Module]:
+    """The modules whose weights an adapter holds, by their prefix.
+
+    Raises:
+        ValueError: PEFT adapts parts of them, which an adapter cannot hold.
+    """
+    projector = None if parts.projector is None else trained_copy(parts.projector)
     modules = {f"vision_remember.{index}": trained_copy(block) for index, block in attachment.blocks().items()}
-    return {**modules, "projector": projector} if isinstance(projector, Projector) else modules
+    if isinstance(projector, Projector):
+        modules["projector"] = projector
+    for prefix, module in modules.items():
+        part = adapted_part(module)
+        if part is not None:
+            raise ValueError(
+                f"PEFT has put an adapter around {prefix}.{part}, which no adapter folder can hold: train whole blocks "
+                "and projectors by modules_to_save and leave them out of target_modules, or merge_and_unload() first"
+            )
+    return modules
 
 
 def describe_base(parts: HostParts) -> dict[str, Any]:
@@ -95,7 +110,7 @@ def save_adapter(
     Of processes that share a model in shards, all have to call this, and the first one writes. ``shown_as`` is what the
     card tells its readers to load; None for a folder.
     """
-    projector = None if parts.projector is None else trained_copy(parts.projector)
+    modules = adapter_modules(attachment, parts)
     mark = uuid4().hex
     description = {
         "format": _FORMAT,
@@ -103,14 +118,14 @@ def save_adapter(
         _MARK: mark,
         "base": describe_base(parts),
         "config": attachment.config.to_dict(),
-        "projector": describe_projector(projector),
+        "projector": describe_projector(modules.get("projector")),
         "spec": attachment.spec.to_dict(),
     }
-    tensors = {
-        f"{prefix}.{name}": whole(tensor.detach()).cpu().contiguous()
-        for prefix, module in adapter_modules(attachment, projector).items()
-        for name, tensor in module.state_dict().items()
+    held = {
+        f"{prefix}.{name}": tensor for prefix, module in modules.items() for name, tensor in fetched(module).items()
     }
+    refuse_absent(held, "the adapter", "there is nothing to save")
+    tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in held.items()}
     if is_sharded(parts.model) and dist.get_rank() > 0:
         return
     target = Path(directory)
@@ -218,7 +233,9 @@ def check_weights(saved: SavedAdapter, modules: dict[str, nn.Module]) -> dict[st
 
 def copy_weights(saved: SavedAdapter, modules: dict[str, nn.Module]) -> None:
     """Copies an adapter's weights into ``modules``, all of them or none; raises as :func:`check_weights`."""
-    for name, target in check_weights(saved, modules).items():
+    targets = check_weights(saved, modules)
+    refuse_absent(targets, "the adapter", "load it before they are offloaded")
+    for name, target in targets.items():
         fill(target, saved.tensors[name])
 
 

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from vision_remember.adapters.attachment import find_attachment
+from vision_remember.adapters.devices import refuse_absent
 from vision_remember.adapters.processor import PlaceholderCount, tokens_per_tile
-from vision_remember.adapters.resolve import HostParts, resolve
+from vision_remember.adapters.resolve import HostParts, adapted_part, resolve
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.adapters.token_grid import PatchSize, tile_side
 from vision_remember.encoder import find_module, level_width, scale_levels
@@ -39,10 +40,12 @@ class CompressionHandle:
         self._layers = list(scale_levels(projector.encoder_levels, depth))
         self._patch_size = None if parts.spec.plain else PatchSize(parts.base, self.token_grid)
         self._processor = processor
-        self._count = None if processor is None else PlaceholderCount.read(processor)
+        self._count = None if processor is None else _own_count(parts, processor)
+        self._restored = False
 
     def install(self) -> None:
         """Puts the projector and the processor's count in place: both, or neither if anything fails."""
+        before = None if self._processor is None else PlaceholderCount.read(self._processor)
         try:
             _replace(self._model, self._path, self.projector)
             if self._layers:
@@ -51,7 +54,7 @@ class CompressionHandle:
                 self._patch_size.install()
             self._tell_processor()
         except BaseException:
-            self._undo()
+            self._undo(before)
             raise
 
     def set_budget(self, tokens: int | None) -> None:
@@ -104,20 +107,26 @@ class CompressionHandle:
         if find_attachment(self._model) is not None:
             raise RuntimeError("Vision Remember is attached on top of this projector; detach it first")
         self._check_installed()
-        self._undo()
+        self._undo(self._count)
+        self._restored = True
 
     def _check_installed(self) -> None:
-        if find_module(self._model, self._path, "projector") is not self.projector:
-            raise RuntimeError("the projector was restored already, or replaced by another")
+        current = find_module(self._model, self._path, "projector")
+        if self._restored or type(current) is not type(self.projector):
+            raise RuntimeError(
+                f"the projector was restored already, or a {type(current).__name__} stands in its place (if PEFT has "
+                "wrapped it, merge_and_unload() first)"
+            )
+        self.projector = current  # PEFT leaves the copy that it trained
 
-    def _undo(self) -> None:
+    def _undo(self, count: PlaceholderCount | None) -> None:
         if self._patch_size is not None:
             self._patch_size.uninstall()
         _replace(self._model, self._path, self._original)
         if self._layers:
             self._config.vision_feature_layer = self._own_layer
-        if self._count is not None:
-            self._count.write(self._processor)
+        if count is not None:
+            count.write(self._processor)
 
     def __repr__(self) -> str:
         h, w = self.token_grid
@@ -142,7 +151,8 @@ def compress_projector(
 
     Args:
         model: a multimodal model of transformers.
-        processor: its processor, which then emits the matching number of image placeholders; None if you see to that.
+        processor: its processor, which then emits the matching number of image placeholders, or one that was saved
+            when it did; None if you see to that.
         name: an entry of ``PROJECTORS``.
         ratio: cells per token, a square: 4 makes 24x24 into 12x12.
         out_grid: (h, w) of the tokens instead of a ratio.
@@ -167,9 +177,9 @@ def compress_projector(
     _check_host(parts)
     if isinstance(parts.projector, Projector):
         raise RuntimeError("the projector is compressed already; restore() it first")
-    if processor is not None:
-        _check_processor(parts, processor)
     projector = _build(parts, name, ratio, out_grid, options)
+    if processor is not None:
+        _check_processor(parts, processor, projector)
     if projector.end_tokens and not parts.spec.plain:
         raise ValueError(
             f"end_tokens={projector.end_tokens}: {type(parts.model).__name__} stitches tiles, which end nowhere"
@@ -212,6 +222,18 @@ def _build(parts: HostParts, name: str, ratio: int | None, out_grid: Grid | None
     weights = dict(original.named_parameters())
     if not weights:
         raise ValueError(f"{type(original).__name__} has no parameters to tell the features' width from")
+    if adapted_part(original) is not None:
+        raise ValueError(
+            "PEFT adapts the projector, and a new one could not take over what that learned: compress the projector "
+            "first, then get_peft_model"
+        )
+    quantised = [str(weight.dtype) for weight in weights.values() if not weight.is_floating_point()]
+    if quantised:
+        raise ValueError(
+            f"{type(original).__name__} has weights of {quantised[0]}, which could not be copied: keep the projector "
+            "out of the quantisation"
+        )
+    refuse_absent(weights, type(original).__name__, "compress the projector after loading and before offloading it")
     like = next(iter(weights.values()))
     projector = new_projector(parts, name, ratio=ratio, out_grid=out_grid, **options)
     if projector.encoder_levels and not hasattr(getattr(parts.model, "config", None), "vision_feature_layer"):
@@ -238,17 +260,27 @@ def _level_width(parts: HostParts, *, joined: bool) -> int:
     )
 
 
-def _check_processor(parts: HostParts, processor: Any) -> None:
+def _check_processor(parts: HostParts, processor: Any, projector: Projector) -> None:
     assert parts.feature_grid is not None
     side = None if parts.spec.plain else tile_side(parts.base)
     made = tokens_per_tile(processor, side)
-    expected = parts.feature_grid[0] * parts.feature_grid[1]
-    if made != expected:
+    h, w = parts.feature_grid
+    # A processor that was saved after compressing has the new count already.
+    if made not in (h * w, projector.num_tokens(parts.feature_grid)):
         raise ValueError(
             f"{type(processor).__name__} emits {made} image tokens per {'image' if side is None else 'tile'}, but the "
-            f"model's projector makes {expected} ({parts.feature_grid[0]}x{parts.feature_grid[1]}): is it this model's "
-            "processor?"
+            f"model's projector makes {h * w} ({h}x{w}): is it this model's processor?"
         )
+
+
+def _own_count(parts: HostParts, processor: Any) -> PlaceholderCount:
+    """How the processor counts for the model's own projector."""
+    assert parts.feature_grid is not None
+    h, w = parts.feature_grid
+    side = None if parts.spec.plain else tile_side(parts.base)
+    if tokens_per_tile(processor, side) == h * w:
+        return PlaceholderCount.read(processor)
+    return PlaceholderCount.for_tokens(processor, h * w, parts.feature_grid, None if side is None else side // h)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def execution_device(layer: nn.Module) -> torch.device | None:
@@ -26,6 +27,25 @@ def offloaded_placement(layer: nn.Module, base: nn.Module) -> tuple[torch.device
         return None
     floating = (p for p in (*layer.parameters(), *base.parameters()) if p.is_floating_point())
     return torch.device(hooks[0].execution_device), next(p.dtype for p in floating if p.dtype.itemsize >= 2)
+
+
+def fetched(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict, with the weights that accelerate has offloaded."""
+    state: dict[str, Tensor] = module.state_dict()
+    for path, part in module.named_modules():
+        for hook in _hooks(part):
+            if getattr(hook, "offload", False):
+                own = [*part.named_parameters(recurse=hook.place_submodules), *part.named_buffers(recurse=False)]
+                for name in (name for name, tensor in own if tensor.device.type == "meta"):
+                    state[f"{path}.{name}".lstrip(".")] = hook.weights_map[name]
+    return state
+
+
+def refuse_absent(weights: Mapping[str, Tensor], of: str, advice: str) -> None:
+    """Raises ValueError for weights that are on the meta device, unless that is where all is meant to be."""
+    absent = [name for name, tensor in weights.items() if tensor.device.type == "meta"]
+    if absent and torch.get_default_device().type != "meta":
+        raise ValueError(f"{len(absent)} weights of {of} are on the meta device ({absent[0]}, ...): {advice}")
 
 
 def _hooks(module: nn.Module) -> list[Any]:

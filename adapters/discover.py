@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from vision_remember.adapters.sample import samples
 from vision_remember.adapters.self_test import Geometry, find_geometry
 from vision_remember.adapters.spec import DecoderSpec, MLLMSpec, TokenGeometry
 from vision_remember.adapters.tokens import wants_tuple
-from vision_remember.encoder import EncoderSpec
+from vision_remember.encoder import EncoderSpec, find_module
 
 _PROJECTORS = (
     *("multi_modal_projector", "multimodal_projector", "connector", "aligner", "projector", "mm_projector"),
@@ -53,11 +54,15 @@ def discover(model: nn.Module) -> MLLMSpec:
     layers = _layers(decoder)
     _refuse_streams(decoder)
     encoder_spec, geometry = _geometry(model, base, encoder)
+    projector = _projector(model, base, encoder)
+    if projector is not None and hasattr(find_module(model, projector, "projector"), "out_grid"):
+        # A swapped one says itself how its tokens lie; the spec, which is saved, is of the host as it comes.
+        geometry = dataclasses.replace(geometry, token_grid=geometry.feature_grid, cells=(1, 1))
     return MLLMSpec(
         name=getattr(getattr(model, "config", None), "model_type", name),
         base=_path(model, base),
         encoder=_path(model, encoder),
-        projector=_projector(model, base, encoder),
+        projector=projector,
         decoder=_path(model, decoder),
         plain=True,
         geometry=geometry,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vision_remember.adapters.activation_checkpointing import refuse_reentrant
 from vision_remember.adapters.packing import recorded_outputs, trace_packing
-from vision_remember.adapters.resolve import projected_grid
+from vision_remember.adapters.resolve import projected_grid, trained_copy
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.adapters.tokens import image_tokens
 from vision_remember.captured import Captured, CapturedGroup
@@ -79,6 +79,12 @@ class Encoding:
         **kwargs: Any,
     ) -> tuple[VisionMemory, ...]:
         if captured.empty:
+            encoder = trained_copy(find_module(self._model, self._spec.encoder, "vision encoder"))
+            if encoder is not self._tap.encoder:
+                raise ValueError(
+                    f"the vision encoder {self._spec.encoder!r} was replaced or copied (by PEFT's modules_to_save, for "
+                    "one) after Vision Remember was attached: detach, and attach behind get_peft_model"
+                )
             raise ValueError(
                 f"{type(base).__name__} encodes {modality} by another module than the vision encoder "
                 f"{self._spec.encoder!r}; Vision Remember cannot follow it, run inside `with vr.disabled():`"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from torch import nn
 
 from vision_remember.adapters.attachment import Attachment
-from vision_remember.adapters.checkpoint import save_adapter
+from vision_remember.adapters.checkpoint import adapter_modules, save_adapter
 from vision_remember.adapters.compress import CompressionHandle
 from vision_remember.adapters.resolve import HostParts, resolve
 from vision_remember.adapters.share import push_adapter
@@ -127,15 +126,9 @@ class VisionRememberHandle:
         """
         self._attachment.uninstall()
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside the ``with`` the model runs as if nothing were attached."""
-        before = self._attachment.enabled
-        self._attachment.enabled = False
-        try:
-            yield
-        finally:
-            self._attachment.enabled = before
+    def disabled(self) -> AbstractContextManager[None]:
+        """Inside the ``with`` the model runs as if nothing were attached, in every thread."""
+        return self._attachment.disabled()
 
     def set_phase(self, phase: Literal[1, 2], *, train_encoder: bool = False) -> None:
         """Chooses what trains, as the paper does (section 5.2), and prints it.
@@ -145,19 +138,34 @@ class VisionRememberHandle:
             train_encoder: train the vision encoder too (phase 2 only; the paper's main comparison does).
 
         Raises:
-            ValueError: another phase, or the encoder in phase 1.
+            ValueError: another phase, the encoder in phase 1, or quantised weights where the phase trains. What trains
+                is then as it was.
         """
         if phase not in (1, 2) or (phase == 1 and train_encoder):
-            raise ValueError(f"phase={phase}, train_encoder={train_encoder}: expected phase 1, or 2 with or without it")
+            raise ValueError(
+                f"phase={phase!r}, train_encoder={train_encoder}: expected phase 1, or 2 with or without it"
+            )
         parts = self._parts()
-        parts.model.requires_grad_(phase == 2)
-        parts.encoder.requires_grad_(train_encoder)
-        if parts.projector is not None:
-            parts.projector.requires_grad_(True)
-        self.module.requires_grad_(True)
+        groups = self._parameters(parts)
+        chosen = ["Vision Remember", "projector"]
+        if phase == 2:
+            chosen += ["language model", "encoder"] if train_encoder else ["language model"]
+        for name in chosen:
+            _refuse_quantised(name, groups[name])
+        parts.model.requires_grad_(False)
+        for parameter in (parameter for name in chosen for parameter in groups[name]):
+            parameter.requires_grad_(True)
         rows = [(name, count) for name, count, trainable in self._counts(parts) if trainable]
         trained = ", ".join(f"{name} ({_millions(count)})" for name, count in rows)
         print(f"phase {phase} trains: {trained}")  # noqa: T201 - what a user wants to see before hours of training
+
+    def check_savable(self) -> None:
+        """Looks, before hours of training, whether :meth:`save_pretrained` can save what is attached.
+
+        Raises:
+            ValueError: PEFT adapts parts of the blocks or of a compressed projector, which no adapter folder can hold.
+        """
+        adapter_modules(self._attachment, self._parts())
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes an adapter folder: the blocks, the projector if it was swapped, configuration and model card.
@@ -165,6 +173,9 @@ class VisionRememberHandle:
         Args:
             directory: made if missing; load it with :func:`vision_remember.load_vision_remember`. Under FSDP2 all
                 processes have to call this, and the first one writes.
+
+        Raises:
+            ValueError: as :meth:`check_savable`, or weights on the meta device. The folder is then as it was.
         """
         save_adapter(self._attachment, self._parts(), directory)
 
@@ -254,6 +265,16 @@ class VisionRememberHandle:
         counted = {id(parameter) for group in groups.values() for parameter in group}
         groups["language model"] = [p for p in parts.model.parameters() if id(p) not in counted]
         return groups
+
+
+def _refuse_quantised(name: str, parameters: list[nn.Parameter]) -> None:
+    """Raises ValueError if parameters of a part that is to train have no gradients."""
+    for parameter in parameters:
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"the {name} has weights of {parameter.dtype}: quantised ones do not train. Freeze it (phase 1), keep "
+                "it out of the quantisation, or let PEFT train adapters beside it"
+            )
 
 
 def _tokens(parts: HostParts, config: VisionRememberConfig) -> str:

@@ -134,7 +134,8 @@ class LmmsEvalModel(lmms):  # type: ignore[misc] # lmms-eval has no types
             raise ValueError("blocks=False: there is no adapter whose blocks could be left out")
         if adapter is not None:
             load_vision_remember(self.model, adapter, self.processor)
-            find_attachment(self.model).enabled = blocks  # type: ignore[union-attr] # it was attached just now
+            if not blocks:
+                find_attachment(self.model).switch_off()  # type: ignore[union-attr] # it was attached just now
         self.model.eval()
         self.records: dict[str, TaskRecord] = {}
         self._names = {

@@ -22,7 +22,7 @@ from vision_remember.adapters.compress import compress_projector
 from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.rehearsal import rehearse
 from vision_remember.adapters.repo_id import is_repo_id
-from vision_remember.adapters.resolve import resolve, trained_copy, unwrapped
+from vision_remember.adapters.resolve import resolve, unwrapped
 from vision_remember.adapters.sharding import class_name
 from vision_remember.adapters.share import fetch_adapter
 from vision_remember.adapters.versions import warn_outside_the_windows
@@ -72,7 +72,7 @@ def load_vision_remember(
         try:
             attachment = find_attachment(model)
             assert attachment is not None
-            copy_weights(saved, adapter_modules(attachment, resolve(model, spec).projector))
+            copy_weights(saved, adapter_modules(attachment, resolve(model, spec)))
         except BaseException:
             handle.detach()
             raise
@@ -103,8 +103,7 @@ def restore_vision_remember(model: nn.Module, folder: str | os.PathLike[str]) ->
     check_base(saved, parts)
     if saved.config != attachment.config:
         raise ValueError(f"the adapter in {folder} has {saved.config}, but attached is {attachment.config}")
-    projector = None if parts.projector is None else trained_copy(parts.projector)
-    copy_weights(saved, adapter_modules(attachment, projector))
+    copy_weights(saved, adapter_modules(attachment, parts))
 
 
 def adapter_folder(dir_or_repo: str | os.PathLike[str], revision: str | None = None) -> Path:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vision_remember.adapters.attachment import Attachment, find_attachment
 from vision_remember.adapters.resolve import HostParts, resolve
 from vision_remember.adapters.tokens import placeholders
-from vision_remember.adapters.transport import rows_of
 from vision_remember.analysis import ForgettingCurve, RegionAttention, SaliencyMap, linear_probe, saliency_maps
 from vision_remember.memory import VisionMemory
 
@@ -129,8 +128,8 @@ def forgetting_curve(
     at = placeholders(parts.base, inputs, parts.image_token_id)
     held = torch.stack([_slots(memory) >= 0 for memory in memories]).any(0)
     curves = []
-    for enabled in (True, False):
-        with _enabled(attachment, attachment.enabled and enabled):
+    for used in (nullcontext(), attachment.disabled()):
+        with used:
             states = _vision_states(parts, inputs, at, held)
         curves.append(torch.tensor([linear_probe(state, targets, train, ridge=ridge) for state in states]))
     score = "r2" if targets.is_floating_point() else "accuracy"
@@ -157,11 +156,7 @@ def _memories(parts: HostParts, attachment: Attachment, inputs: Mapping[str, Any
     if inputs.get("pixel_values") is None:
         raise ValueError(f"inputs has {sorted(inputs)}: expected pixel_values among them")
     arguments = {name: inputs[name] for name in inspect.signature(method).parameters if name in inputs}
-    with _enabled(attachment, True):
-        rows = rows_of(method(**arguments, return_dict=True))
-    if not rows:
-        raise ValueError(f"{type(parts.base).__name__}.get_image_features returns no output that tells of the tiles")
-    return tuple(rows[0].memory)
+    return attachment.memories(**arguments)
 
 
 def _slots(memory: VisionMemory) -> Tensor:
@@ -183,15 +178,6 @@ def _tokens(memories: tuple[VisionMemory, ...]) -> tuple[Tensor, Tensor, Tensor]
         places[inside] = torch.stack([(cell // w + 0.5) / h, (cell % w + 0.5) / w], -1)[inside]
     held = cells >= 0
     return places[held], cells[held], images[held]
-
-
-@contextmanager
-def _enabled(attachment: Attachment, enabled: bool) -> Iterator[None]:
-    before, attachment.enabled = attachment.enabled, enabled
-    try:
-        yield
-    finally:
-        attachment.enabled = before
 
 
 def _vision_states(parts: HostParts, inputs: dict[str, Any], at: Tensor, held: Tensor) -> list[Tensor]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,13 +57,13 @@ def attach_pruner(model: nn.Module, name: str, *, spec: MLLMSpec | None = None, 
         RuntimeError: a pruner is attached already, or Vision Remember is.
     """
     pruner = build_pruner(name, **options)
-    if find_pruner(model) is not None:
-        raise RuntimeError("a pruner is attached to this model already; detach it first")
     if find_attachment(model) is not None:
         raise RuntimeError(
             "Vision Remember is attached to this model, and its blocks look for vision tokens that a pruner may have "
             "dropped; detach_vision_remember(model) first"
         )
+    if find_pruner(model) is not None:
+        raise RuntimeError("a pruner is attached to this model already; detach it first")
     warn_outside_the_windows()
     refuse_compiled(model, "a pruner")
     parts = resolve(model, spec)
@@ -104,15 +103,9 @@ class PrunerHandle:
         """Takes the pruner off the model: module tree and hooks are as before attach. Twice does no harm."""
         self._own.uninstall()
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside the ``with`` nothing is dropped; caches that were filled before stay usable."""
-        before = self._own.enabled
-        self._own.enabled = False
-        try:
-            yield
-        finally:
-            self._own.enabled = before
+    def disabled(self) -> AbstractContextManager[None]:
+        """Inside the ``with`` nothing is dropped, in any thread; caches that were filled before stay usable."""
+        return self._own.disabled()
 
     def __repr__(self) -> str:
         own = self._own

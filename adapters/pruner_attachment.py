@@ -26,7 +26,9 @@ from vision_remember.adapters.pruned_cache import cache_of, pruned_layer
 from vision_remember.adapters.resolve import HostParts
 from vision_remember.adapters.shortening import shortened
 from vision_remember.adapters.tokens import placeholders
+from vision_remember.adapters.transport import without_memory
 from vision_remember.pruning import DecoderPruner, Pruner
+from vision_remember.threads import Switchable
 
 NAME = "vision_pruning"
 """The keyword that carries a passage to the layers."""
@@ -38,7 +40,7 @@ FEATURES = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_v
 """The arguments that may hold raw pixels, by modality."""
 
 
-class PrunerAttachment:
+class PrunerAttachment(Switchable):
     """A pruner in one host.
 
     Attributes:
@@ -46,7 +48,6 @@ class PrunerAttachment:
         name: the pruner's name in ``PRUNERS``.
         pruner: the pruner.
         depth: the number of the decoder's layers.
-        enabled: whether forward passes use it.
         last: (layers, B), vision tokens that each layer was given in the last forward pass with images; None before.
     """
 
@@ -56,7 +57,6 @@ class PrunerAttachment:
         self.pruner = pruner
         self.depth = len(parts.layers)
         self.decoder = parts.spec.decoder
-        self.enabled = True
         self.last: Tensor | None = None
         self._base = parts.base
         self._layers = parts.layers
@@ -90,7 +90,7 @@ class PrunerAttachment:
     def before_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hook: finds the vision tokens of a call that has any."""
         if not self.enabled:
-            return None
+            return without_memory(args, kwargs)
         named = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) if args else {}
         kwargs = {**named, **kwargs}
         # Not by the tokens alone: a decoder may make up a placeholder while it generates.

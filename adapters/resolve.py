@@ -88,6 +88,12 @@ def trained_copy(module: nn.Module) -> nn.Module:
     return copies[module.active_adapter] if isinstance(copies, nn.ModuleDict) else module  # type: ignore[index]
 
 
+def adapted_part(module: nn.Module) -> str | None:
+    """The name of a part that PEFT has put a layer of its own around; None if there is none."""
+    wrapped = (name for name, m in module.named_modules() if hasattr(m, "base_layer") or hasattr(m, "original_module"))
+    return next(wrapped, None)
+
+
 def resolve(model: nn.Module, spec: MLLMSpec | None = None) -> HostParts:
     """The parts of a host.
 
@@ -99,11 +105,14 @@ def resolve(model: nn.Module, spec: MLLMSpec | None = None) -> HostParts:
         ValueError: no spec can be found, or the spec names what the model does not have.
     """
     model = unwrapped(model)
-    spec = spec or host_spec(model)
+    if spec is None:
+        spec = host_spec(model)
+    elif not isinstance(spec, MLLMSpec):
+        raise ValueError(f"spec={spec!r}: expected an MLLMSpec, as MLLMSpec.from_dict makes it")
     base = find_module(model, spec.base, "base")
     if not callable(getattr(base, "get_image_features", None)):
         raise ValueError(f"{type(base).__name__} at {spec.base!r} has no get_image_features to read an image's tokens")
-    encoder = find_module(model, spec.encoder, "vision encoder")
+    encoder = trained_copy(find_module(model, spec.encoder, "vision encoder"))
     projector = None if spec.projector is None else find_module(model, spec.projector, "projector")
     decoder = find_module(model, spec.decoder, "decoder")
     encoder_names = spec.encoder_spec or encoder_spec(encoder)

@@ -41,9 +41,10 @@ class VisionRememberCallback(TrainerCallback):
         **options: further arguments of ``attach_vision_remember``.
 
     Raises:
-        ValueError: when the Trainer is built: arguments for a model with Vision Remember, a phase for a PEFT model, or
-            what ``attach_vision_remember`` refuses. When it resumes: a checkpoint without an adapter, or of another
-            run.
+        ValueError: when the Trainer is built: arguments for a model with Vision Remember, a phase for a PEFT model,
+            blocks or a compressed projector that LoRA adapts, since no adapter folder can hold that, or what
+            ``attach_vision_remember`` and ``set_phase`` refuse. When it resumes: a checkpoint without an adapter, or of
+            another run.
     """
 
     def __init__(
@@ -87,8 +88,14 @@ class VisionRememberCallback(TrainerCallback):
                 f"Vision Remember is attached to this {type(host).__name__} already, so {self._attach_options} would "
                 "have no effect: give them to attach_vision_remember, or to the callback alone"
             )
-        if self._phase is not None:
-            self._handle.set_phase(self._phase, train_encoder=self._train_encoder)
+        try:
+            self._handle.check_savable()
+            if self._phase is not None:
+                self._handle.set_phase(self._phase, train_encoder=self._train_encoder)
+        except ValueError:
+            if attachment is None:
+                self._handle.detach()
+            raise
         if host is model:
             host.register_load_state_dict_pre_hook(translate_names)
 

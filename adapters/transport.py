@@ -95,6 +95,13 @@ def without_rows(output: Any) -> Any:
     return type(output)(**{**fields, "deepstack_features": _own_deepstack(output)})
 
 
+def without_memory(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A call of the base with the outputs in it as the host made them; None if they are, or if there are none."""
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    ours = {modality: without_rows(output) for modality, output in encoded.items() if rows_of(output) is not None}
+    return (args, {**kwargs, "mm_encoder_outputs": {**encoded, **ours}}) if ours else None
+
+
 def rows_of(output: Any) -> list[MemoryRows] | None:
     """The rows that :func:`with_rows` put into an output, as generate() passed them on; None if there are none."""
     layers = getattr(output, "deepstack_features", None) or []

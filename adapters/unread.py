@@ -34,6 +34,8 @@ class UnreadBlocks:
         levels: path, from the model, of the hidden states that its projector reads; None if more may be read.
     """
 
+    _installed = False
+
     def __init__(self, model: nn.Module, tap: MultiLevelTap, levels: str | None) -> None:
         self._model, self._tap, self._levels = model, tap, levels
         self._reach: RunStack[int] = RunStack()
@@ -45,6 +47,7 @@ class UnreadBlocks:
             return
         setattr(self._model, _SLOT, self)
         _GENERATION.add(self._model)
+        self._installed = True
         for number, block in list(enumerate(self._blocks()))[self._tapped() :]:
             if "forward" not in block.__dict__:
                 block.forward = _Block(block, number, self._reach)
@@ -53,6 +56,7 @@ class UnreadBlocks:
         """The inverse of :meth:`install`; nothing happens if that did nothing."""
         _GENERATION.release(self._model)
         self._model.__dict__.pop(_SLOT, None)
+        self._installed = False
         for block in self._blocks():
             if isinstance(block.__dict__.get("forward"), _Block):
                 del block.forward
@@ -82,7 +86,7 @@ class UnreadBlocks:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if _SLOT in self._model.__dict__:
+        if self._installed:  # the model itself may still be empty: whoever copies it fills it afterwards
             _GENERATION.add(self._model)
 
     def _tapped(self) -> int:

@@ -13,6 +13,7 @@ from tests.hosts import DECODER_CONFIGS, ENCODER_CONFIGS, IMAGE_TOKEN, PAIRINGS,
 from vision_remember import attach_vision_remember, compress_projector, detach_vision_remember
 from vision_remember.adapters import DECODERS, ENCODERS
 from vision_remember.adapters.attach import default_levels
+from vision_remember.adapters.attachment import find_attachment
 
 LAYERS = [1, 3]
 
@@ -150,6 +151,18 @@ def test_disabled_runs_the_plain_model_and_nests() -> None:
         output = model.model.get_image_features(inputs["pixel_values"])
         assert getattr(output, "deepstack_features", None) is None
     assert torch.equal(logits(model, **inputs), remembered)
+
+
+def test_times_of_being_disabled_may_overlap() -> None:
+    handle = attach_vision_remember(build_llava(), LAYERS)
+    attachment = find_attachment(handle.host)
+    first, second = handle.disabled(), handle.disabled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not attachment.enabled
+    second.__exit__(None, None, None)
+    assert attachment.enabled
 
 
 def test_the_handle_prints_a_table_of_what_was_attached() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,15 @@ import transformers as hf
 
 from tests.fingerprint import Fingerprint
 from tests.hosts import DECODER_CONFIGS, VOCABULARY, batch, build_llava
-from vision_remember import MLLMSpec, VisionRememberConfig, attach_vision_remember, compress_projector
+from vision_remember import (
+    MLLMSpec,
+    VisionRememberConfig,
+    attach_vision_remember,
+    compress_projector,
+    load_vision_remember,
+)
 from vision_remember import detach_vision_remember as detach
-from vision_remember.adapters import DecoderSpec
+from vision_remember.adapters import DecoderSpec, attach_pruner
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"layers": [1, 40]}, r"layers=\[1, 40\]: this decoder has layers 0..3"),
@@ -20,6 +27,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"layers": [1, 1]}, r"layers=\[1, 1\]: an index is repeated"),
     ({"layers": []}, "layers=.*: expected at least one"),
     ({"layers": [1.5]}, "layers=.*: expected at least one whole number"),
+    ({"layers": 1}, "layers=1: expected at least one whole number"),
+    ({"levels": 2}, "levels=2: expected at least one whole number"),
+    ({"config": {"layers": [1]}}, r"config=.*: expected a VisionRememberConfig, .*from_dict"),
+    ({"spec": "llava"}, r"spec='llava': expected an MLLMSpec"),
+    ({"spec": {}}, r"spec={}: expected an MLLMSpec"),
     ({"levels": [2, 7]}, r"levels=\[2, 7\]: CLIPVisionModel has hidden states 0..6"),
     ({"levels": [-8]}, r"levels=\[-8\]: .* hidden states 0..6"),
     ({"levels": [6, -1]}, "a level is repeated"),
@@ -47,6 +59,21 @@ def test_a_bad_request_changes_nothing(request_: dict[str, Any], message: str) -
     with pytest.raises(ValueError, match=message):
         attach_vision_remember(model, **{"layers": [1], **request_})
     before.check(model)
+
+
+@pytest.mark.parametrize("given", ["llava-hf/llava-1.5-7b-hf", None, hf.LlavaForConditionalGeneration])
+def test_what_is_no_model_is_named(given: Any, tmp_path: Path) -> None:
+    for call in (
+        lambda: attach_vision_remember(given, [1]),
+        lambda: detach(given),
+        lambda: load_vision_remember(given, tmp_path),
+        lambda: compress_projector(given, None, "adaptive_avg_pool", ratio=4),
+        lambda: attach_pruner(given, "fastv"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"expected a model, as from_pretrained\(\) returns it, not ('llava|None|<class)"
+        ):
+            call()
 
 
 def test_a_grid_that_the_projector_does_not_make_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 import transformers as hf
 
 from tests.fingerprint import Fingerprint
-from tests.hosts import ENCODER_CONFIGS, IMAGE_TOKEN, VOCABULARY, batch, build_llava
+from tests.hosts import ENCODER_CONFIGS, IMAGE_TOKEN, VOCABULARY, batch, build_llava, randomise
 from tests.processors import llava_processor
+from tests.zoo import call_inputs
+from tests.zoo_checks import subject
 from vision_remember import attach_vision_remember, compress_projector, load_vision_remember
+from vision_remember.adapters.resolve import resolve
 
 # The grids of CLIP-L/14-336 and SigLIP-so400m/14-384.
 REAL_SIZES = {"clip": (336, 14, 576, 144), "siglip": (384, 14, 729, 196)}
@@ -112,6 +116,8 @@ def test_bad_requests_change_neither_model_nor_processor() -> None:
     requests: list[tuple[dict[str, Any], str]] = [
         ({"name": "adaptive_avg_pol", "ratio": 4}, "did you mean 'adaptive_avg_pool'"),
         ({"ratio": 5}, "ratio=5: expected the square"),
+        ({"ratio": "4"}, "ratio='4': expected the square"),
+        ({"ratio": 4.0}, "ratio=4.0: expected the square"),
         ({"ratio": 4, "out_grid": (2, 2)}, "exactly one of the two"),
         ({}, "exactly one of the two"),
         ({"out_grid": (25, 3)}, "at most the features' grid 24x24"),
@@ -133,6 +139,59 @@ def test_a_processor_of_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot process an image"):
         compress_projector(model, object(), "adaptive_avg_pool", ratio=4)
     before.check(model)
+
+
+@pytest.mark.parametrize("encoder", REAL_SIZES)
+def test_a_processor_that_was_saved_compressed_serves_a_fresh_model(encoder: str, tmp_path: Path) -> None:
+    model, processor = real_sized(encoder)
+    *_, full, pooled = REAL_SIZES[encoder]
+    compress_projector(model, processor, "adaptive_avg_pool", ratio=4)
+    attach_vision_remember(model, [1]).save_pretrained(tmp_path / "adapter")
+    processor.save_pretrained(tmp_path / "processor")
+    twin, saved = real_sized(encoder)[0], type(processor).from_pretrained(tmp_path / "processor")
+    handle = load_vision_remember(twin, tmp_path / "adapter", saved)
+
+    def tokens() -> int:
+        inputs = ask(saved, 1)
+        with torch.no_grad():
+            twin(**inputs)  # raises if placeholders and features disagree
+        return int((inputs["input_ids"] == IMAGE_TOKEN).sum())
+
+    assert tokens() == pooled
+    handle.detach()
+    handle.compression.restore()
+    assert tokens() == full
+    compress_projector(real_sized(encoder)[0], saved, "adaptive_avg_pool", ratio=9)
+    with pytest.raises(ValueError, match=rf"emits {full // 9} image tokens .* makes {full}"):
+        compress_projector(twin, saved, "adaptive_avg_pool", ratio=4)
+
+
+@pytest.mark.parametrize("projector", ["adaptive_avg_pool", "qformer"])
+@pytest.mark.parametrize("model_type", ["vipllava", "video_llava", "janus"])
+def test_an_adapter_of_a_host_that_was_found_out_loads_with_its_projector(
+    model_type: str, projector: str, tmp_path: Path
+) -> None:
+    host = subject(model_type)
+    model, twin = host.model, copy.deepcopy(host.model)
+    vision = model.config.vision_config
+
+    def processor() -> Any:
+        encoder = "clip" if host.parts.encoder_spec.name == "clip" else "siglip"
+        return llava_processor(encoder, vision.image_size, vision.patch_size)
+
+    compress_projector(model, processor(), projector, ratio=4)
+    inputs = call_inputs(model, resolve(model))
+    handle = attach_vision_remember(model, [1, 2])
+    randomise(handle)
+    handle.save_pretrained(tmp_path / "adapter")
+    loaded = load_vision_remember(twin, tmp_path / "adapter", processor())
+    with torch.no_grad():
+        assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
+    loaded.detach()
+    loaded.compression.restore()
+    assert resolve(twin).spec == handle.spec == host.parts.spec
+    with torch.no_grad():
+        assert torch.equal(twin(**host.inputs).logits, host.alone)
 
 
 def test_a_processor_that_keeps_its_own_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,11 @@ import peft
 import pytest
 import torch
 
+from tests.fingerprint import Fingerprint, structure
 from tests.hosts import IMAGE_TOKEN, batch, build_llava, randomise, set_checkpointing
 from tests.processors import llava_processor
 from vision_remember import attach_vision_remember, compress_projector, detach_vision_remember, load_vision_remember
+from vision_remember.adapters.processor import PlaceholderCount
 
 # PEFT asks for names that transformers is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -129,6 +131,80 @@ def test_all_linear_matches_the_blocks_unless_they_are_excluded() -> None:
     blocks = [name for name in gradients if "vision_remember" in name]
     assert len(blocks) == 2 * 8
     assert all(gradients[name].abs().sum() > 0 for name in blocks)
+
+
+def test_an_encoder_that_peft_copied_is_named() -> None:
+    model = host()
+    attach_vision_remember(model, LAYERS)
+    wrapped = lora(model, modules_to_save=["vision_tower"])
+    with pytest.raises(ValueError, match=r"'model.vision_tower' was .* copied .* attach behind get_peft_model"):
+        wrapped(**batch(model))
+
+
+def test_an_encoder_that_peft_trains_whole_is_read_once_attached_behind() -> None:
+    plain, wrapped = host(), lora(host(), modules_to_save=["vision_tower"])
+    inputs, before = batch(plain), structure(wrapped)
+    for model in (plain, wrapped):
+        torch.manual_seed(0)
+        handle = attach_vision_remember(model, LAYERS)
+        randomise(handle)
+    torch.testing.assert_close(logits(wrapped, inputs), logits(plain, inputs), atol=1e-5, rtol=1e-5)
+    weight = wrapped.get_base_model().model.vision_tower.modules_to_save["default"].encoder.layers[0].mlp.fc1.weight
+    with handle.disabled():
+        wrapped(**inputs).logits.sum().backward()
+    alone, weight.grad = weight.grad, None
+    wrapped(**inputs).logits.sum().backward()
+    assert not torch.allclose(weight.grad, alone, rtol=0.1)
+    expected = logits(wrapped, inputs)
+    handle.detach()
+    assert structure(wrapped)["modules"] == before["modules"]
+    torch.manual_seed(0)
+    randomise(attach_vision_remember(wrapped, LAYERS))
+    torch.testing.assert_close(logits(wrapped.merge_and_unload(), inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_lora_learns_inside_the_blocks_is_no_adapter_folder(tmp_path: Path) -> None:
+    model = host()
+    handle = attach_vision_remember(model, LAYERS)
+    handle.save_pretrained(tmp_path / "adapter")
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    wrapped = lora(model, target_modules="all-linear")
+    with pytest.raises(ValueError, match=r"adapter around vision_remember.1.interaction.vr_query, which no adapter"):
+        handle.save_pretrained(tmp_path / "adapter")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == saved
+    wrapped.merge_and_unload()
+    handle.save_pretrained(tmp_path / "merged")
+    load_vision_remember(build_llava(), tmp_path / "merged", llava_processor("clip", 32, 4))
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+def test_a_projector_that_peft_trained_can_be_restored(how: str) -> None:
+    model, processor = build_llava(), llava_processor("clip", 32, 4)
+    before, count = Fingerprint(model), PlaceholderCount.read(processor)
+    compression = compress_projector(model, processor, "adaptive_avg_pool", ratio=4)
+    handle = attach_vision_remember(model, LAYERS)
+    wrapped = lora(model, modules_to_save=OURS)
+    trained = train(wrapped, batch(model))
+    assert any(OURS[1] in name for name in trained)
+    handle.detach()
+    with pytest.raises(RuntimeError, match="a ModulesToSaveWrapper stands in its place"):
+        compression.restore()
+    getattr(wrapped, how)()
+    compression.restore()
+    assert PlaceholderCount.read(processor) == count
+    state = model.model.multi_modal_projector.state_dict()
+    assert all(torch.equal(tensor, before.tensors[f"model.{OURS[1]}.{name}"]) for name, tensor in state.items())
+    with pytest.raises(RuntimeError, match="restored already"):
+        compression.restore()
+
+
+@pytest.mark.parametrize("options", [{"target_modules": "all-linear"}, {"modules_to_save": [OURS[1]]}])
+def test_a_projector_that_peft_adapts_is_not_swapped(options: dict[str, Any]) -> None:
+    model = lora(build_llava(), **options)
+    before = structure(model)
+    with pytest.raises(ValueError, match="compress the projector first, then get_peft_model"):
+        compress_projector(model, None, "adaptive_avg_pool", ratio=4)
+    assert structure(model) == before
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -9,10 +9,17 @@ import accelerate
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from torch import nn
 
+from tests.fingerprint import structure
 from tests.hosts import IMAGE_TOKEN, batch, build_llava, randomise
-from vision_remember import attach_vision_remember, detach_vision_remember
+from tests.processors import llava_processor
+from vision_remember import attach_vision_remember, compress_projector, detach_vision_remember
+from vision_remember.adapters.attachment import find_attachment
+from vision_remember.adapters.handle import VisionRememberHandle
+from vision_remember.adapters.load import restore_vision_remember
+from vision_remember.adapters.processor import PlaceholderCount
 
 LAYERS = [1, 3]
 GENERATE = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE_TOKEN]}
@@ -72,6 +79,43 @@ def test_an_offloaded_model_can_be_attached_to(offload: Any, tmp_path: Path) -> 
     assert torch.equal(logits(model, **inputs), logits(build_llava(), **inputs))
 
 
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_an_offloaded_adapter_is_saved_with_its_weights(offload: Any, tmp_path: Path) -> None:
+    model, processor = build_llava(), llava_processor("clip", 32, 4)
+    compress_projector(model, processor, "adaptive_avg_pool", ratio=4)
+    handle = VisionRememberHandle(find_attachment(attached(model)))
+    handle.save_pretrained(tmp_path / "expected")
+    offload(model, tmp_path / "weights")
+    handle.save_pretrained(tmp_path / "made")
+    made, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("made", "expected"))
+    torch.testing.assert_close(made, expected, atol=0, rtol=0)
+
+
+def test_weights_that_are_out_of_reach_are_an_error_not_an_adapter(tmp_path: Path) -> None:
+    model = build_llava()
+    handle = attach_vision_remember(model, LAYERS)
+    handle.save_pretrained(tmp_path / "adapter")
+    handle.module.to("meta")
+    with pytest.raises(
+        ValueError, match=r"weights of the adapter are on the meta device \(vision_remember.1.norm.weight,"
+    ):
+        handle.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        ValueError, match=r"weights of the adapter are on the meta device \(vision_remember.1.norm.weight,"
+    ):
+        restore_vision_remember(model, tmp_path / "adapter")
+
+
+def test_an_offloaded_projector_cannot_be_compressed(tmp_path: Path) -> None:
+    model, processor = cpu_offloaded(build_llava(), tmp_path), llava_processor("clip", 32, 4)
+    before, count = structure(model), PlaceholderCount.read(processor)
+    with pytest.raises(
+        ValueError, match=r"LlavaMultiModalProjector are on the meta device .* compress the projector after loading"
+    ):
+        compress_projector(model, processor, "adaptive_avg_pool", ratio=4)
+    assert (structure(model), PlaceholderCount.read(processor)) == (before, count)
+
+
 @pytest.mark.parametrize("layer", [2, 3], ids=["first layer of its device", "later layer"])
 def test_layers_on_a_second_device(layer: int) -> None:
     """The meta device is the second one: it computes no numbers, but it refuses tensors of another."""
@@ -128,6 +172,35 @@ def quantised(model: Any) -> Any:
         for part in (layer.self_attn, layer.mlp):
             torch.ao.quantization.quantize_dynamic(part, {nn.Linear}, torch.qint8, inplace=True)
     return model
+
+
+def with_an_integer_weight(module: nn.Linear) -> None:
+    module.weight = nn.Parameter(module.weight.detach().to(torch.int8), requires_grad=False)
+
+
+def test_a_phase_that_would_train_quantised_weights_changes_nothing() -> None:
+    model = build_llava()
+    with_an_integer_weight(model.model.language_model.layers[0].mlp.up_proj)
+    handle = attach_vision_remember(model, LAYERS)
+    handle.set_phase(1)
+    before = structure(model)
+    with pytest.raises(ValueError, match=r"the language model has weights of torch.int8: quantised ones do not train"):
+        handle.set_phase(2)
+    assert structure(model) == before
+    with_an_integer_weight(model.model.multi_modal_projector.linear_1)
+    with pytest.raises(ValueError, match=r"the projector has weights of torch.int8"):
+        handle.set_phase(1)
+
+
+def test_a_quantised_projector_cannot_be_compressed() -> None:
+    model = build_llava()
+    with_an_integer_weight(model.model.multi_modal_projector.linear_1)
+    before = structure(model)
+    with pytest.raises(
+        ValueError, match=r"LlavaMultiModalProjector has weights of torch.int8, which could not be copied"
+    ):
+        compress_projector(model, None, "adaptive_avg_pool", ratio=4)
+    assert structure(model) == before
 
 
 def linears(model: Any) -> dict[str, type]:

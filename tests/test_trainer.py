@@ -15,6 +15,7 @@ import trl
 from PIL import Image
 from transformers.trainer_utils import load_sharded_checkpoint
 
+from tests.fingerprint import structure
 from tests.hosts import batch, build_llava, randomise
 from tests.processors import llava_processor
 from vision_remember import attach_vision_remember, compress_projector, load_vision_remember
@@ -219,6 +220,20 @@ def test_phases_are_not_for_peft_models(tmp_path: Path) -> None:
     model = peft.get_peft_model(host(), peft.LoraConfig(target_modules=r".*language_model.*\.q_proj"))
     with pytest.raises(ValueError, match="PEFT chooses what trains"):
         trainer(model, tmp_path, VisionRememberCallback(LAYERS, phase=1))
+
+
+def test_what_no_checkpoint_could_hold_is_refused_before_training(tmp_path: Path) -> None:
+    model = host()
+    attach_vision_remember(model, LAYERS)
+    with pytest.raises(ValueError, match="which no adapter folder can hold"):
+        trainer(
+            peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")), tmp_path, VisionRememberCallback()
+        )
+    model = peft.get_peft_model(host(), peft.LoraConfig(target_modules="all-linear"))
+    before = structure(model)
+    with pytest.raises(ValueError, match=r"an adapter around projector.linear_1, which no adapter folder can hold"):
+        trainer(model, tmp_path, VisionRememberCallback(LAYERS))
+    assert structure(model) == before
 
 
 CHAT = """{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -163,6 +164,19 @@ def test_a_way_to_run(model_type: str, way: str) -> None:
     finally:
         handle.detach()
     torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen3_vl"])  # qwen3_vl reads deepstack features of its own
+def test_images_that_were_encoded_with_memory_serve_the_disabled_model(model_type: str) -> None:
+    host = host_of(model_type)
+    handle = host.attach()
+    taken = inspect.signature(host.parts.base.get_image_features).parameters
+    with torch.no_grad():
+        given = {name: value for name, value in host.inputs.items() if name in taken}
+        encoded = host.parts.base.get_image_features(**given, return_dict=True)
+        with handle.disabled():
+            assert torch.equal(host.logits(pixel_values=None, mm_encoder_outputs={"image": encoded}), host.alone)
+    handle.detach()
 
 
 @pytest.mark.parametrize("model_type", HOSTS)

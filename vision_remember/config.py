@@ -207,6 +207,6 @@ def _check_count(name: str, value: int | None) -> None:
 
 def _check_indices(name: str, indices: tuple[int, ...]) -> None:
     if not isinstance(indices, tuple) or not indices or not all(isinstance(i, int) for i in indices):
-        raise ValueError(f"{name}={indices!r}: expected at least one whole number")
+        raise ValueError(f"{name}={indices!r}: expected at least one whole number, each an int")
     if len(set(indices)) < len(indices):
         raise ValueError(f"{name}={list(indices)}: an index is repeated")

@@ -10,6 +10,33 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 
+class Switchable:
+    """Something that can be switched off for a while; the whiles of several threads may overlap."""
+
+    # Of the class: copies and pickles need no lock of their own.
+    _lock = threading.Lock()
+    _switched_off = 0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether nobody has switched it off."""
+        return self._switched_off == 0
+
+    def switch_off(self, times: int = 1) -> None:
+        """Counts how often it is off; a negative number takes back as many."""
+        with self._lock:
+            self._switched_off += times
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside the ``with`` it is off, for every thread."""
+        self.switch_off()
+        try:
+            yield
+        finally:
+            self.switch_off(-1)
+
+
 class RunStack(Generic[T]):
     """The values of the runs under way in the current thread; hooks ask for the innermost.
 

@@ -41,8 +41,8 @@ class Projector(nn.Module):
         super().__init__()
         if ratio is not None and out_grid is not None:
             raise ValueError(f"give ratio={ratio} or out_grid={out_grid}, not both")
-        if ratio is not None and (ratio < 1 or math.isqrt(ratio) ** 2 != ratio):
-            raise ValueError(f"ratio={ratio}: expected the square of a whole number (1, 4, 9, 16, ...)")
+        if ratio is not None and not (isinstance(ratio, int) and ratio > 0 and math.isqrt(ratio) ** 2 == ratio):
+            raise ValueError(f"ratio={ratio!r}: expected the square of a whole number (1, 4, 9, 16, ...)")
         if out_grid is not None:
             check_grid("out_grid", out_grid)
         self.in_dim, self.out_dim = in_dim, out_dim
