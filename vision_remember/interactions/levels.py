@@ -79,15 +79,15 @@ class LevelNorm(nn.Module):
 
 
 def _normalised_together(levels: Sequence[Tensor]) -> list[Tensor]:
-    """Layer norm over the channels of all levels, from the mean and variance of each (Chan et al. 1979, eq. 2.1)."""
+    """Layer norm over the channels of all levels, which are not joined."""
     # Half precision keeps too few digits for a variance.
     wide = [level.to(torch.promote_types(level.dtype, torch.float32)) for level in levels]
-    moments = [(*torch.var_mean(level, -1, correction=0, keepdim=True), level.shape[-1]) for level in wide]
-    channels = sum(width for *_, width in moments)
-    mean = torch.stack([mean * width for _, mean, width in moments]).sum(0) / channels
-    variance = torch.stack([(var + (own - mean).square()) * width for var, own, width in moments]).sum(0) / channels
+    channels = sum(level.shape[-1] for level in wide)
+    mean = torch.stack([level.sum(-1, keepdim=True) for level in wide]).sum(0) / channels
+    centred = [level - mean for level in wide]
+    variance = torch.stack([level.square().sum(-1, keepdim=True) for level in centred]).sum(0) / channels
     scale = (variance + _NORM_EPS).rsqrt()
-    return [((x - mean) * scale).to(level.dtype) for x, level in zip(wide, levels, strict=True)]
+    return [(x * scale).to(level.dtype) for x, level in zip(centred, levels, strict=True)]
 
 
 class LevelLinear(nn.Linear):
