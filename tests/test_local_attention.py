@@ -248,6 +248,8 @@ def test_compiles_without_graph_breaks(grids: tuple[Grid, Grid]) -> None:
         ({"key_grid": (4.0, 6.0)}, ["(4.0, 6.0)"]),
         ({"window": 0}, ["window=0"]),
         ({"window": -2}, ["window=-2"]),
+        ({"window": 1.5}, ["window=1.5"]),
+        ({"key_levels": 2.0}, ["key_levels=2.0"]),
     ],
 )
 def test_arguments_that_do_not_fit_are_errors_that_name_the_numbers(change: dict[str, Any], numbers: list[str]) -> None:
@@ -274,6 +276,12 @@ def test_differing_dtypes_and_devices_are_named(name: str) -> None:
     for changed, found in ((inputs[name].float(), "torch.float32"), (inputs[name].to("meta"), "meta")):
         with pytest.raises(ValueError, match=f"{name} {found}"):
             local_attention(**{**inputs, name: changed}, query_grid=(2, 3), key_grid=(4, 6))
+
+
+def test_whole_numbers_are_no_queries() -> None:
+    inputs = {name: tensor.long() for name, tensor in tensors((2, 3), (4, 6)).items()}
+    with pytest.raises(ValueError, match=r"query torch.int64: expected a floating dtype"):
+        local_attention(**inputs, query_grid=(2, 3), key_grid=(4, 6))
 
 
 def test_an_unknown_backend_gets_a_suggestion() -> None:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vision_remember.grid import Grid
+from vision_remember.grid import Grid, check_count
 from vision_remember.interactions.base import Interaction
 from vision_remember.interactions.fusion import FUSIONS
 from vision_remember.interactions.levels import FeatureNorm, Features, level_widths, split_levels
@@ -69,8 +69,7 @@ class DeformableAttention(Interaction[PreparedLevels]):
         zero_init: bool = True,
     ) -> None:
         super().__init__(query_dim, feature_dim, level_widths(feature_dim, num_levels, level_dims))
-        if num_points < 1:
-            raise ValueError(f"num_points={num_points}: expected a positive number")
+        check_count("num_points", num_points)
         self.attn_dim = attention_width(attn_dim, query_dim, feature_dim)
         self.num_heads = head_count(num_heads, self.attn_dim)
         self.fusion = FUSIONS[fusion](self.level_dims, feature_norm)

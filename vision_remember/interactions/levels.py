@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vision_remember.grid import check_count
+
 FeatureNorm = Literal["per_level", "joint", "none"]
 
 Features = Tensor | Sequence[Tensor]
@@ -29,7 +31,9 @@ def level_widths(feature_dim: int, num_levels: int, level_dims: Sequence[int] | 
         ValueError: levels that do not make up C.
     """
     if level_dims is None:
-        if num_levels < 1 or feature_dim % num_levels:
+        check_count("feature_dim", feature_dim)
+        check_count("num_levels", num_levels)
+        if feature_dim % num_levels:
             raise ValueError(f"num_levels={num_levels} must divide feature_dim={feature_dim}")
         return (feature_dim // num_levels,) * num_levels
     if sum(level_dims) != feature_dim or min(level_dims) < 1 or num_levels not in (1, len(level_dims)):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vision_remember.grid import Grid, check_grid
+from vision_remember.grid import Grid, check_count, check_grid
 from vision_remember.interactions.absorbed import absorbed_attention, pays_off
 from vision_remember.interactions.bank import keys_and_values, side_by_side
 from vision_remember.interactions.cross_attention import CrossAttention
@@ -106,8 +106,7 @@ class SELA(CrossAttention):
             inner_projections=inner_projections,
             zero_init=zero_init,
         )
-        if window < 1:
-            raise ValueError(f"window={window}: expected a positive number of tokens per block side")
+        check_count("window", window)
         BACKENDS[backend]  # for its error: the earliest place to notice a typo
         if absorb not in (True, False, "auto"):
             raise ValueError(f"absorb={absorb!r}: expected True, False or 'auto'")
