@@ -61,6 +61,16 @@ def test_an_attached_model_can_be_offloaded(offload: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
+def test_absorbed_projections_are_not_looked_into_where_they_are_offloaded(offload: Any, tmp_path: Path) -> None:
+    model = build_llava()
+    torch.manual_seed(0)
+    randomise(attach_vision_remember(model, LAYERS, absorb=True))
+    inputs = batch(model)
+    expected = logits(model, **inputs)
+    torch.testing.assert_close(logits(offload(model, tmp_path), **inputs), expected)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
 def test_an_offloaded_model_can_be_attached_to(offload: Any, tmp_path: Path) -> None:
     model = attached(build_llava())
     inputs = batch(model)

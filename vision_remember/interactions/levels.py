@@ -113,9 +113,12 @@ class LevelLinear(nn.Linear):
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` is of this very class and nothing is hooked to it, so that its weights tell what it does."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return type(module) is kind and not hooked
+    """Whether ``module`` is of this very class and nothing is hooked to it, so that its weights tell what it does.
+
+    A forward of its own is a hook too: accelerate's, which brings offloaded weights.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return type(module) is kind and not hooks and "forward" not in module.__dict__
 
 
 class LevelStack(nn.Module):
