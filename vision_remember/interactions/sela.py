@@ -161,7 +161,7 @@ class SELA(CrossAttention):
 
     def project_regions(self, cells: RegionCells) -> RegionCells | PreparedRegions:
         """Keys and values of cells by regions; the fused cells themselves where the projections are absorbed."""
-        features = self.fusion.fuse(cells.features)
+        features = self.fusion(cells.features, normed=True)
         if self._absorbs(features):
             return cells._replace(features=features, fused=True)
         key, value = self.keys_and_values(features, cells.saliency)
@@ -196,7 +196,7 @@ class SELA(CrossAttention):
 
     def project_raster(self, cells: RasterCells) -> PreparedRaster:
         """Keys and values of cells that stay in raster order."""
-        key, value = self.keys_and_values(self.fusion.fuse(cells.features), None)
+        key, value = self.keys_and_values(self.fusion(cells.features, normed=True), None)
         return PreparedRaster(key, value, self.saliency_of_keys(cells.saliency), cells.feature_grid)
 
     @staticmethod
