@@ -28,7 +28,7 @@ def check_prepared(tokens: Tensor, held: Tensor, images: int, **grids: tuple[Gri
     if images != tokens.shape[0]:
         raise ValueError(f"{tokens.shape[0]} token grids, but {images} prepared images")
     if held.device != tokens.device:
-        raise ValueError(f"devices differ: tokens {tokens.device}, prepared images {held.device}")
+        raise ValueError(f"devices differ: tokens {tokens.device}, features {held.device}")
 
 
 class Interaction(nn.Module, Generic[P]):
