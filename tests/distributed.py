@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.hosts import batch, build_llava, randomise, set_checkpointing
@@ -26,6 +27,8 @@ SECONDS = 60
 BATCHES = {"images": ((1, 2), (2, 1)), "one rank text-only": ((1, 2), (0, 0)), "text-only": ((0, 0), (0, 0))}
 CHECKPOINTING: dict[str, bool | None] = {"no checkpointing": None, "non-reentrant": False, "reentrant": True}
 WAYS = ["DDP", "FSDP2", "FSDP2, block in a group of its own"]
+ALL_WAYS = [*WAYS, "FSDP1"]
+"""With the first version of FSDP, which shards into flat tensors: for evaluation."""
 
 
 def works_with_the_host(way: str, mode: str) -> bool:
@@ -49,9 +52,19 @@ def loss(model: Any, images: tuple[int, ...], rank: int) -> torch.Tensor:
     return model(**inputs, labels=inputs["input_ids"]).loss
 
 
+def logits(model: Any, rank: int) -> torch.Tensor:
+    """Without gradients, where a block's keys and values may be made ahead of its call."""
+    with torch.no_grad():
+        return model(**batch(getattr(model, "module", model), (1, 2), seed=rank)).logits
+
+
 def distributed(way: str, model: Any) -> Any:
     if way == "DDP":
         return DistributedDataParallel(model)
+    if way == "FSDP1":
+        layers = ModuleWrapPolicy({type(model.model.language_model.layers[0])})
+        cpu = torch.device("cpu")
+        return FullyShardedDataParallel(model, auto_wrap_policy=layers, use_orig_params=True, device_id=cpu)
     for layer in model.model.language_model.layers:
         if "own" in way and hasattr(layer, "vision_remember"):
             fully_shard(layer.vision_remember)
@@ -81,6 +94,11 @@ def work(rank: int, folder: str) -> None:
                 found = gradients(model)
                 if rank == 0:
                     torch.save(found, Path(folder, file_of(way, mode, name)))
+    for way in ALL_WAYS:
+        model = distributed(way, model_and_handle(None)[0].eval())
+        found = logits(model, rank)
+        if rank == 0:
+            torch.save(found, Path(folder, f"{way}; logits.pt"))
     save_and_restore(Path(folder))
     dist.destroy_process_group()
 

@@ -160,6 +160,7 @@ def test_an_unknown_preset_is_an_error_with_a_suggestion() -> None:
         ("saliency_temperature", 0, "positive number"),
         ("saliency_temperature", -1.0, "positive number"),
         ("saliency_temperature", float("nan"), "positive number"),
+        ("saliency_temperature", float("inf"), "positive number"),
     ],
 )
 def test_values_that_cannot_be_meant_are_errors_that_name_the_field(field: str, value: Any, message: str) -> None:

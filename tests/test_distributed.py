@@ -20,6 +20,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from tests.accelerated import RATE, STEPS
 from tests.distributed import (
+    ALL_WAYS,
     BATCHES,
     CHECKPOINTING,
     PROCESSES,
@@ -27,6 +28,7 @@ from tests.distributed import (
     WAYS,
     file_of,
     gradients,
+    logits,
     loss,
     model_and_handle,
     work,
@@ -82,6 +84,12 @@ def test_gradients_equal_those_of_one_process(folder: Path, way: str, mode: str,
     blocks = [gradient for key, gradient in together.items() if "vision_remember" in key]
     assert len(blocks) == 2 * 8
     assert all(gradient.abs().sum() > 0 for gradient in blocks) == (name != "text-only")
+
+
+@pytest.mark.parametrize("way", ALL_WAYS)
+def test_evaluation_equals_that_of_one_process(folder: Path, way: str) -> None:
+    alone = logits(model_and_handle(None)[0].eval(), 0)
+    torch.testing.assert_close(torch.load(folder / f"{way}; logits.pt"), alone)
 
 
 def test_an_adapter_saved_from_shards_is_whole(folder: Path) -> None:

@@ -196,6 +196,22 @@ def test_what_is_prepared_is_checked(name: str, change: dict[str, Any]) -> None:
         build(name).prepare(**{**features, **change})
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["token grid known", "token grid unknown"])
+@every_interaction
+def test_prepared_images_are_read_as_they_were_prepared(name: str, known: bool) -> None:
+    """A single image would else be spread over all of a batch, and another grid of as many cells be taken for this."""
+    module, (token_grid, feature_grid) = build(name), EVEN
+    given = image(token_grid, feature_grid, batch=2)
+    grids = {"feature_grid": feature_grid, **({"token_grid": token_grid} if known else {})}
+    for batch in (1, 4):
+        prepared = module.prepare(image(token_grid, feature_grid, batch=batch)["features"], **grids)
+        with pytest.raises(ValueError, match=f"2 token grids, but {batch} prepared images"):
+            module(given["tokens"], prepared, token_grid=token_grid, feature_grid=feature_grid)
+    prepared = module.prepare(given["features"], **grids)
+    with pytest.raises(ValueError, match=r"prepared for feature_grid=\(8, 12\), not for \(16, 6\)"):
+        module(given["tokens"], prepared, token_grid=token_grid, feature_grid=(16, 6))
+
+
 def test_an_unknown_interaction_is_an_error_with_a_suggestion() -> None:
     with pytest.raises(ValueError, match="unknown interaction 'sella': did you mean 'sela'"):
         build_interaction("sella", D, C)

@@ -330,6 +330,26 @@ def test_what_is_prepared_ahead_is_bit_for_bit_what_blocks_prepare(options: dict
         assert prepared[0] is prepared[1], "the cells in their order are made once"
 
 
+@pytest.mark.parametrize("learning", [True, False], ids=["learning", "no gradients"])
+@pytest.mark.parametrize(
+    "elsewhere",
+    [lambda weight: weight.new_empty(0), lambda weight: weight.flatten(), lambda weight: weight.to("meta")],
+    ids=["empty, as DeepSpeed's shards", "flat, as FSDP's", "offloaded"],
+)
+def test_nothing_is_prepared_ahead_with_weights_that_are_elsewhere(
+    elsewhere: Callable[[Tensor], Tensor], learning: bool
+) -> None:
+    here, away = VisionRemember(16, 24, num_levels=3), VisionRemember(16, 24, num_levels=3)
+    for name, parameter in list(away.interaction.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(away.interaction.get_submodule(owner), leaf, nn.Parameter(elsewhere(parameter.detach())))
+    levels = [torch.randn(2, 16, 8) for _ in range(3)]
+    with torch.set_grad_enabled(learning):
+        mine, theirs = prepare_together([here, away], levels, feature_grid=(4, 4), token_grid=(2, 2))
+    assert mine is not None
+    assert theirs is None
+
+
 def test_banked_weights_are_saved_as_tensors_of_their_own() -> None:
     """Safetensors, and all that writes by it, takes tensors of one storage for one and the same."""
     blocks = [VisionRemember(16, 24, num_levels=3) for _ in range(2)]

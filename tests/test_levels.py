@@ -78,6 +78,17 @@ def _image(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: arguments[name] for name in ("feature_grid", "saliency")}
 
 
+@every_norm
+@every_interaction
+def test_no_images_are_read_without_a_warning(interaction: str, feature_norm: str) -> None:
+    """As in a training step without images, through which the parameters still take part."""
+    module = build(interaction, UNEQUAL, feature_norm=feature_norm)
+    output = module(features=levels_of(UNEQUAL, (1, 1), batch=0), **arguments_for(((1, 1), (1, 1)), batch=0))
+    assert output.shape == (0, 1, D)
+    output.sum().backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in module.parameters())
+
+
 class Widest(TorchDispatchMode):
     """Keeps the number of elements of the largest float tensor that any operation makes anew."""
 

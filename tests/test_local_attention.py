@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.reference import bias_shapes, masked_global_attention
 from vision_remember import local_attention
@@ -248,6 +249,8 @@ def test_compiles_without_graph_breaks(grids: tuple[Grid, Grid]) -> None:
         ({"key_grid": (4.0, 6.0)}, ["(4.0, 6.0)"]),
         ({"window": 0}, ["window=0"]),
         ({"window": -2}, ["window=-2"]),
+        ({"window": 1.5}, ["window=1.5"]),
+        ({"key_levels": 2.0}, ["key_levels=2.0"]),
     ],
 )
 def test_arguments_that_do_not_fit_are_errors_that_name_the_numbers(change: dict[str, Any], numbers: list[str]) -> None:
@@ -274,6 +277,26 @@ def test_differing_dtypes_and_devices_are_named(name: str) -> None:
     for changed, found in ((inputs[name].float(), "torch.float32"), (inputs[name].to("meta"), "meta")):
         with pytest.raises(ValueError, match=f"{name} {found}"):
             local_attention(**{**inputs, name: changed}, query_grid=(2, 3), key_grid=(4, 6))
+
+
+def test_whole_numbers_are_no_queries() -> None:
+    inputs = {name: tensor.long() for name, tensor in tensors((2, 3), (4, 6)).items()}
+    with pytest.raises(ValueError, match=r"query torch.int64: expected a floating dtype"):
+        local_attention(**inputs, query_grid=(2, 3), key_grid=(4, 6))
+
+
+@pytest.mark.parametrize("bias", [None, 3], ids=["no bias", "bias"])
+def test_windowed_gradients_can_be_differentiated_again(bias: int | None) -> None:
+    """Where PyTorch's own attention runs inside the regions, on its plain path alone."""
+    given = tensors((1, 2), (2, 4), bias=bias, dim=1)
+
+    def attend(*values: Tensor) -> Tensor:
+        named = dict(zip(given, values, strict=True))
+        return local_attention(**named, query_grid=(1, 2), key_grid=(2, 4), backend="windowed")
+
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(attend, tuple(given.values()))
+        assert torch.autograd.gradcheck(attend, tuple(given.values()), check_forward_ad=True)
 
 
 def test_an_unknown_backend_gets_a_suggestion() -> None:

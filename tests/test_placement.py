@@ -68,6 +68,19 @@ def test_an_attached_model_can_be_offloaded(offload: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("options", [{"absorb": True}, {"fusion": "mix"}, {"fusion": "mbtf"}], ids=str)
+def test_weights_are_read_through_their_modules_which_bring_them(
+    options: dict[str, Any], offload: Any, tmp_path: Path
+) -> None:
+    model = build_llava()
+    torch.manual_seed(0)
+    randomise(attach_vision_remember(model, LAYERS, **options))
+    inputs = batch(model)
+    expected = logits(model, **inputs)
+    torch.testing.assert_close(logits(offload(model, tmp_path), **inputs), expected)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
 def test_an_offloaded_model_can_be_attached_to(offload: Any, tmp_path: Path) -> None:
     model = attached(build_llava())
     inputs = batch(model)

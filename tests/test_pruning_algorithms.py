@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -232,11 +233,24 @@ def test_tome_spreads_its_merges_over_the_blocks() -> None:
         ToMe(keep=4).merges(64, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_attention_of_any_precision_decides(dtype: torch.dtype) -> None:
+    given = tokens(queries=3)
+    assert given.attention is not None
+    given = dataclasses.replace(given, hidden=given.hidden.to(dtype), attention=given.attention.to(dtype))
+    for pruner in (FastV(), PyramidDrop(), SparseVLM()):
+        kept = pruner.choose(0, given)
+        assert kept.hidden.dtype == dtype
+        assert 0 < kept.vision.sum() < given.vision.sum()
+
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("fastv", {"keep": 0}, "keep=0: expected the share of vision tokens that stay"),
     ("fastv", {"keep": 1.2}, r"keep=1\.2: expected the share"),
     ("fastv", {"ratio": 0.5}, "has no option 'ratio'"),
     ("pyramid_drop", {"keep": (0.5, 0.6)}, "expected shares that fall"),
+    ("pyramid_drop", {"keep": 0.5}, r"keep=0\.5: expected several, one for each stage"),
+    ("pyramid_drop", {"layers": 3}, "layers=3: expected several"),
     ("pyramid_drop", {"layers": (1, 2)}, "expected a share for each layer"),
     ("faster_vlm", {"keep": 0}, "keep=0: expected a share of a tile's tokens between 0 and 1, or their number"),
     ("vision_zip", {"contextual": -1}, "contextual=-1"),
@@ -260,6 +274,8 @@ def test_bad_options_are_named(name: str, options: dict[str, Any], message: str)
     [
         (FastV(layer=0), r"layer=\[0\]: expected rising layers from 1 to 3"),
         (FastV(layer=4), r"layer=\[4\]"),
+        (FastV(layer=1.5), r"layer=\[1\.5\]"),  # type: ignore[arg-type]
+        (PyramidDrop(layers=(1, "2", 3)), r"layers=\[1, '2', 3\]"),  # type: ignore[arg-type]
         (PyramidDrop(layers=(3, 2, 1)), r"layers=\[3, 2, 1\]: expected rising"),
         (Uniform(layer=-1), "from 0 to 3"),
         (SparseVLM(layers=(3,)), "from 0 to 2"),

@@ -158,6 +158,10 @@ def test_a_single_patch_is_an_image_too(variant: str, center: Any) -> None:
     assert cls_saliency(*row(patches=1), variant=variant, center=center).isfinite().all()
 
 
+def test_no_patches_have_an_empty_map() -> None:
+    assert cls_saliency(*row(patches=0)).shape == row(patches=0)[1].shape[::2]
+
+
 def test_zscore_of_a_single_patch_is_finite() -> None:
     assert cls_saliency(*row(patches=1), center="zscore").isfinite().all()
 
@@ -180,6 +184,7 @@ def test_shapes_that_do_not_fit_are_named(query: tuple[int, ...], keys: tuple[in
         ({"center": "median"}, "center='median'.*'zscore'"),
         ({"temperature": 0}, "temperature=0"),
         ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": float("inf")}, "temperature=inf"),
     ],
 )
 def test_options_that_do_not_fit_are_errors(options: dict[str, Any], message: str) -> None:

@@ -14,9 +14,10 @@ from tests.test_custom_host import build as build_custom
 from tests.test_custom_host import inputs as custom_inputs
 from tests.test_tiled_hosts import build as build_tiled
 from tests.test_tiled_hosts import prompt
-from vision_remember import attach_vision_remember
+from vision_remember import VisionRemember, attach_vision_remember
 from vision_remember.adapters.transport import rows_of
 from vision_remember.layout import VisionLayout
+from vision_remember.memory import Recall, VisionMemory
 
 every_mixer = pytest.mark.parametrize("mixer", ["self", "text_guided"])
 
@@ -154,8 +155,38 @@ def test_the_mean_of_the_text_in_front_written_out() -> None:
     torch.testing.assert_close(layout.text_before(hidden, text), torch.stack(expected))
     everything = VisionLayout(positions, None, 4, (1, 2))
     assert torch.equal(everything.text_before(hidden, text), layout.text_before(hidden, text))
-    assert everything.present() is None
+    assert everything.present(hidden.device) is None
     part = VisionLayout(positions[:3], torch.tensor([0, 3, 8]), 4, (1, 2))
-    present = part.present()
+    present = part.present(hidden.device)
     assert present is not None
     assert present.tolist() == [[True, False], [False, True], [False, False], [False, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_mean_of_a_long_text_stays_in_range(dtype: torch.dtype) -> None:
+    """A decoder's states hold a few large numbers, whose sum over a long text is more than float16 holds."""
+    hidden = torch.randn(1, 404, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    hidden[..., 0] += 2000
+    text = torch.ones(1, 404, dtype=torch.bool)
+    text[0, 400:] = False
+    layout = VisionLayout(torch.arange(400, 404), None, 1, (2, 2))
+    expected = hidden[:, :400].double().mean(1).to(dtype)
+    torch.testing.assert_close(layout.text_before(hidden, text), expected)
+
+
+def test_what_padding_holds_is_no_part_of_the_mean() -> None:
+    hidden = torch.randn(1, 8, 3, generator=torch.Generator().manual_seed(0))
+    hidden[0, 0] = torch.nan
+    text = torch.tensor([[False, True, True] + [False] * 5])
+    layout = VisionLayout(torch.arange(4, 8), None, 1, (2, 2))
+    torch.testing.assert_close(layout.text_before(hidden, text), hidden[:, 1:3].mean(1))
+
+
+@every_mixer
+def test_a_block_on_another_device_than_the_layout(mixer: str) -> None:
+    """The meta device is the other one: it computes no numbers, but it refuses tensors of another."""
+    block = VisionRemember(8, 6, token_mixer=mixer).to("meta")
+    layout = VisionLayout(torch.arange(4, 11), torch.arange(1, 8), 2, (2, 2))
+    memory = VisionMemory((torch.randn(2, 16, 6),), None, (4, 4), (2, 2), ())
+    recall = Recall(((memory, layout),), torch.ones(1, 12, dtype=torch.bool))
+    assert recall.through(block, torch.empty(1, 12, 8, device="meta")).shape == (1, 12, 8)

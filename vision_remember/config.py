@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vision_remember.grid import Grid, check_grid
+from vision_remember.grid import Grid, check_count, check_grid
 from vision_remember.registry import Registry, did_you_mean
 from vision_remember.typed import check_fields
 
@@ -109,13 +110,12 @@ class VisionRememberConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}")
-        for name in ("num_heads", "num_points", "window"):
-            _check_count(name, getattr(self, name))
-        if self.attn_dim != "features":
-            _check_count("attn_dim", self.attn_dim)
+        for name in ("attn_dim", "num_heads", "num_points", "window"):
+            if getattr(self, name) not in (None, "features"):
+                check_count(name, getattr(self, name))
         if not isinstance(self.saliency_level, (int, type(None))):
             raise ValueError(f"saliency_level={self.saliency_level!r}: expected a hidden_states index or None")
-        if not isinstance(self.saliency_temperature, (int, float)) or not self.saliency_temperature > 0:
+        if not isinstance(self.saliency_temperature, (int, float)) or not 0 < self.saliency_temperature < math.inf:
             raise ValueError(f"saliency_temperature={self.saliency_temperature!r}: expected a positive number")
         check_fields(self)
 
@@ -198,11 +198,6 @@ PRESETS: Registry[dict[str, Any]] = Registry(
         },
     },
 )
-
-
-def _check_count(name: str, value: int | None) -> None:
-    if value is not None and not (isinstance(value, int) and value > 0):
-        raise ValueError(f"{name}={value!r}: expected a positive whole number or None")
 
 
 def _check_indices(name: str, indices: tuple[int, ...]) -> None:

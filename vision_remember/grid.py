@@ -8,6 +8,12 @@ Grid = tuple[int, int]
 """(rows, columns) of a raster; position (i, j) is element ``i * columns + j`` of a flattened sequence."""
 
 
+def check_count(name: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a positive whole number; ``name`` is for the message."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected a positive whole number")
+
+
 def check_grid(name: str, grid: Grid) -> None:
     """Raises ValueError unless ``grid`` is a pair of positive whole numbers; ``name`` is for the message."""
     if (

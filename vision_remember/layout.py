@@ -44,13 +44,13 @@ class VisionLayout:
             tokens = filled[:-1]
         return tokens.reshape(self.tiles, h * w, hidden.shape[-1])
 
-    def present(self) -> Tensor | None:
-        """(T, h*w), whether this call holds each token; None if it holds all."""
+    def present(self, device: torch.device) -> Tensor | None:
+        """(T, h*w), on ``device``: whether this call holds each token; None if it holds all."""
         if self.slots is None:
             return None
         h, w = self.token_grid
-        held = torch.zeros(self.tiles * h * w + 1, dtype=torch.bool, device=self.slots.device)
-        return held.index_fill(0, self.slots, True)[:-1].view(self.tiles, h * w)
+        held = torch.zeros(self.tiles * h * w + 1, dtype=torch.bool, device=device)
+        return held.index_fill(0, self.slots.to(device), True)[:-1].view(self.tiles, h * w)
 
     def text_before(self, hidden: Tensor, text: Tensor) -> Tensor:
         """(B, S, D) and (B, S) bool -> (T, D), the mean state of the text in front of each tile.
@@ -58,14 +58,16 @@ class VisionLayout:
         Text behind an image must not count: a causal model does not know it yet. Zero where there is none in front.
         """
         length, count = hidden.shape[1], self.tiles * self.token_grid[0] * self.token_grid[1]
-        slots = torch.arange(count, device=hidden.device) if self.slots is None else self.slots
+        positions = self.positions.to(hidden.device)
+        slots = torch.arange(count, device=hidden.device) if self.slots is None else self.slots.to(hidden.device)
         # The first position of each tile; those of no tile and of no token come last and are cut off.
         tile = slots // (self.token_grid[0] * self.token_grid[1])
         first = torch.full((self.tiles + 1,), hidden.shape[0] * length - 1, device=hidden.device)
-        first = first.scatter_reduce(0, tile.clamp(max=self.tiles), self.positions, "amin")[:-1]
-        sums = (hidden * text[..., None]).cumsum(1).flatten(0, 1)
-        counts = text.cumsum(1).flatten()
-        return sums[first] / counts[first].clamp(min=1)[:, None].to(hidden.dtype)
+        first = first.scatter_reduce(0, tile.clamp(max=self.tiles), positions, "amin")[:-1]
+        # Wide: the sum over a long text may leave float16's range. Chosen, not multiplied: padding may hold a NaN.
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).where(text[..., None], 0)
+        sums, counts = wide.cumsum(1).flatten(0, 1), text.cumsum(1).flatten()
+        return (sums[first] / counts[first].clamp(min=1)[:, None]).to(hidden.dtype)
 
     def scatter(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """(B, S, D) and (T, h*w, D) -> (B, S, D), the vision positions replaced, all others as they were."""

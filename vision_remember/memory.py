@@ -277,7 +277,7 @@ class Recall:
         }
         mixer: Any = getattr(block, "token_mixer", None)
         if mixer is not None:
-            options["present"] = layout.present()
+            options["present"] = layout.present(device)
             if mixer.kind == "text_guided":
                 nowhere = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=device)
                 options["text"] = layout.text_before(hidden, nowhere if self.text is None else self.text.to(device))

@@ -348,10 +348,13 @@ def _reader_at_hand(block: nn.Module, device: torch.device) -> SELA | None:
         return None
     if block.interaction._forward_pre_hooks or block.interaction._forward_hooks:
         return None  # hooks are to see what the call documents: the levels
+    if next(block.interaction.vr_key.parameters()).ndim < 2:
+        return None  # the shards of FSDP's first version are flat
+    # Also those that only the block's own call reads: `rewrite` reads them past their modules.
     return block.interaction if all(_is_at_hand(p, device) for p in block.parameters()) else None
 
 
 def _is_at_hand(parameter: Tensor, device: torch.device) -> bool:
     """Whether a parameter is whole, which in shards it is not, and on this device, which offloaded it is not."""
     whole = isinstance(parameter, nn.Parameter) and not hasattr(parameter, "device_mesh")
-    return whole and parameter.device == device
+    return whole and parameter.device == device and parameter.numel() > 0  # those of DeepSpeed leave nothing

@@ -91,12 +91,12 @@ def cls_saliency(
     Raises:
         ValueError: shapes that do not fit, an unknown variant or centre, a temperature that is not positive.
     """
-    if cls_query.ndim != 3 or patch_keys.ndim != 4 or patch_keys[:, :, 0].shape != cls_query.shape:
+    if cls_query.ndim != 3 or patch_keys.ndim != 4 or (*patch_keys.shape[:2], patch_keys.shape[3]) != cls_query.shape:
         raise ValueError(
             f"cls_query {tuple(cls_query.shape)}, patch_keys {tuple(patch_keys.shape)}: "
             "expected (B, heads, d) and (B, heads, N, d)"
         )
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature}: expected a positive number")
     to_map = SALIENCY_VARIANTS[variant]
     logits = (patch_keys @ cls_query.unsqueeze(-1)).squeeze(-1) / (math.sqrt(cls_query.shape[-1]) * temperature)

@@ -67,9 +67,10 @@ class MultiLevelTap:
         self.encoder = encoder
         self.spec = spec or _look_up_spec(encoder)
         self.depth = len(self._blocks())
-        self.levels = self._checked_levels(tuple(levels))
+        self.levels = self._checked_levels(f"levels={list(levels)}", list(levels))
         self.saliency = _checked_source(saliency, self.spec, encoder)
-        (self.saliency_level,) = self._checked_levels((max(self.levels) if saliency_level is None else saliency_level,))
+        deepest = max(self.levels) if saliency_level is None else saliency_level
+        (self.saliency_level,) = self._checked_levels(f"saliency_level={deepest!r}", [deepest])
         if self.saliency in ("cls", "received") and self.saliency_level == 0:
             raise ValueError("saliency_level=0 are the embeddings; no attention leads to them, choose a level from 1")
         self._saliency_options: dict[str, Any] = {"variant": variant, "center": center, "temperature": temperature}
@@ -144,16 +145,15 @@ class MultiLevelTap:
                     f"{type(block).__name__} has no {self.spec.num_heads!r}, its number of heads"
                 ) from None
 
-    def _checked_levels(self, levels: tuple[int, ...]) -> tuple[int, ...]:
-        outside = [level for level in levels if not -self.depth - 1 <= level <= self.depth]
-        if outside or not levels:
+    def _checked_levels(self, given: str, levels: list[int]) -> tuple[int, ...]:
+        known = range(-self.depth - 1, self.depth + 1)
+        if not levels or not all(type(level) is int and level in known for level in levels):
             raise ValueError(
-                f"levels={list(levels)}: {type(self.encoder).__name__} has hidden states 0..{self.depth}"
-                f" (or -{self.depth + 1}..-1)"
+                f"{given}: {type(self.encoder).__name__} has hidden states 0..{self.depth} (or -{self.depth + 1}..-1)"
             )
         resolved = tuple(level % (self.depth + 1) for level in levels)
         if len(set(resolved)) < len(resolved):
-            raise ValueError(f"levels={list(levels)}: a level is repeated (hidden states {list(resolved)})")
+            raise ValueError(f"{given}: a level is repeated (hidden states {list(resolved)})")
         return resolved
 
     def _register(self) -> list[RemovableHandle]:

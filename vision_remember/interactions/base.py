@@ -13,6 +13,24 @@ from vision_remember.interactions.levels import Features, are_features
 P = TypeVar("P")
 
 
+def check_prepared(tokens: Tensor, held: Tensor, images: int, **grids: tuple[Grid, Grid]) -> None:
+    """Raises ValueError unless these tokens can read images that were prepared before.
+
+    Args:
+        tokens: (B, h*w, D).
+        held: one of the tensors that were prepared.
+        images: how many of them.
+        **grids: by name, the grid that they were prepared for, and the one that is given now.
+    """
+    for name, (prepared_for, given) in grids.items():
+        if prepared_for != tuple(given):
+            raise ValueError(f"this image was prepared for {name}={prepared_for}, not for {given}")
+    if images != tokens.shape[0]:
+        raise ValueError(f"{tokens.shape[0]} token grids, but {images} prepared images")
+    if held.device != tokens.device:
+        raise ValueError(f"devices differ: tokens {tokens.device}, features {held.device}")
+
+
 class Interaction(nn.Module, Generic[P]):
     """Base of all interactions.
 

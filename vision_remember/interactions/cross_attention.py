@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_remember.grid import Grid
-from vision_remember.interactions.base import Interaction
+from vision_remember.interactions.base import Interaction, check_prepared
 from vision_remember.interactions.fusion import FUSIONS
 from vision_remember.interactions.levels import FeatureNorm, Features, level_widths, projected
 from vision_remember.interactions.parts import attention_width, head_count, projection, split_heads, zero_last
@@ -21,10 +21,12 @@ class PreparedCells(NamedTuple):
     Attributes:
         key: (B, heads, M, d).
         value: (B, heads, M, d), saliency already multiplied in.
+        feature_grid: (H, W).
     """
 
     key: Tensor
     value: Tensor
+    feature_grid: Grid
 
 
 class CrossAttention(Interaction[PreparedCells]):
@@ -89,14 +91,13 @@ class CrossAttention(Interaction[PreparedCells]):
         self, features: Features, saliency: Tensor | None, *, feature_grid: Grid, token_grid: Grid | None
     ) -> PreparedCells:
         """Keys and values of the cells; see :meth:`Interaction.prepare`."""
-        return self.keys_and_values(self.fusion(features), saliency)
+        key, value = self.keys_and_values(self.fusion(features), saliency)
+        return PreparedCells(key, value, (feature_grid[0], feature_grid[1]))
 
-    def keys_and_values(self, features: Features, saliency: Tensor | None) -> PreparedCells:
+    def keys_and_values(self, features: Features, saliency: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values of cells whose levels are fused already."""
         key, value = projected(self.vr_key, features), projected(self.vr_value, features)
-        return PreparedCells(
-            split_heads(key, self.num_heads), split_heads(self.weighted(value, saliency), self.num_heads)
-        )
+        return split_heads(key, self.num_heads), split_heads(self.weighted(value, saliency), self.num_heads)
 
     def weighted(self, value: Tensor, saliency: Tensor | None) -> Tensor:
         """Values times the saliency of their cells, (B, M, width)."""
@@ -110,6 +111,8 @@ class CrossAttention(Interaction[PreparedCells]):
 
     def attend(self, tokens: Tensor, prepared: PreparedCells, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
         """The tokens' updates; see :meth:`Interaction.attend`."""
+        grids = (prepared.feature_grid, feature_grid)
+        check_prepared(tokens, prepared.key, prepared.key.shape[0], feature_grid=grids)
         query = split_heads(self.vr_query(tokens), self.num_heads)
         read = self.read(query, prepared.key, prepared.value, token_grid=token_grid, feature_grid=feature_grid)
         return self.vr_out(read.transpose(1, 2).flatten(2))

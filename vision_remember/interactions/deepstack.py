@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vision_remember.grid import Grid, check_grid
-from vision_remember.interactions.base import Interaction
+from vision_remember.interactions.base import Interaction, check_prepared
 from vision_remember.interactions.fusion import FUSIONS
 from vision_remember.interactions.levels import (
     FeatureNorm,
@@ -27,9 +27,11 @@ class PreparedLevels(NamedTuple):
 
     Attributes:
         levels: one (B, H*W, c) per level, saliency already multiplied in.
+        feature_grid: (H, W).
     """
 
     levels: tuple[Tensor, ...]
+    feature_grid: Grid
 
 
 class DeepStack(Interaction[PreparedLevels]):
@@ -92,10 +94,12 @@ class DeepStack(Interaction[PreparedLevels]):
         levels = split_levels(self.fusion(features), self.fusion.out_dims)
         if saliency is not None:
             levels = [level * saliency[..., None].to(level.dtype) for level in levels]
-        return PreparedLevels(tuple(levels))
+        return PreparedLevels(tuple(levels), (feature_grid[0], feature_grid[1]))
 
     def attend(self, tokens: Tensor, prepared: PreparedLevels, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
         """What each token is given; see :meth:`Interaction.attend`."""
+        first, grids = prepared.levels[0], (prepared.feature_grid, feature_grid)
+        check_prepared(tokens, first, first.shape[0], feature_grid=grids)
         under = [self._under(level, token_grid, feature_grid) for level in prepared.levels]
         update: Tensor = self.vr_out(F.gelu(projected(self.vr_in, under)))
         return update

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vision_remember.grid import Grid
-from vision_remember.interactions.base import Interaction
+from vision_remember.grid import Grid, check_count
+from vision_remember.interactions.base import Interaction, check_prepared
 from vision_remember.interactions.fusion import FUSIONS
 from vision_remember.interactions.levels import FeatureNorm, Features, level_widths, split_levels
 from vision_remember.interactions.parts import attention_width, head_count, projection, zero_last
@@ -22,9 +22,11 @@ class PreparedLevels(NamedTuple):
 
     Attributes:
         values: one (B, H*W, heads, d) per level, saliency already multiplied in.
+        feature_grid: (H, W).
     """
 
     values: tuple[Tensor, ...]
+    feature_grid: Grid
 
 
 class DeformableAttention(Interaction[PreparedLevels]):
@@ -69,8 +71,7 @@ class DeformableAttention(Interaction[PreparedLevels]):
         zero_init: bool = True,
     ) -> None:
         super().__init__(query_dim, feature_dim, level_widths(feature_dim, num_levels, level_dims))
-        if num_points < 1:
-            raise ValueError(f"num_points={num_points}: expected a positive number")
+        check_count("num_points", num_points)
         self.attn_dim = attention_width(attn_dim, query_dim, feature_dim)
         self.num_heads = head_count(num_heads, self.attn_dim)
         self.fusion = FUSIONS[fusion](self.level_dims, feature_norm)
@@ -94,10 +95,13 @@ class DeformableAttention(Interaction[PreparedLevels]):
         values = [project(level) for project, level in zip(self.vr_values, levels, strict=True)]
         if saliency is not None:
             values = [value * saliency.unsqueeze(-1).to(value.dtype) for value in values]
-        return PreparedLevels(tuple(value.unflatten(-1, (self.num_heads, -1)) for value in values))
+        apart = tuple(value.unflatten(-1, (self.num_heads, -1)) for value in values)
+        return PreparedLevels(apart, (feature_grid[0], feature_grid[1]))
 
     def attend(self, tokens: Tensor, prepared: PreparedLevels, *, token_grid: Grid, feature_grid: Grid) -> Tensor:
         """The weighted sum of the sampled values; see :meth:`Interaction.attend`."""
+        first, grids = prepared.values[0], (prepared.feature_grid, feature_grid)
+        check_prepared(tokens, first, first.shape[0], feature_grid=grids)
         places = (self.num_heads, self.num_levels, self.num_points)
         query = self.vr_query(tokens)
         weights = self.vr_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1).unflatten(-1, places[1:])

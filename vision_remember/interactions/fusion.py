@@ -41,12 +41,17 @@ class Fusion(nn.Module):
         self.key_levels = 1
         self.norm = LevelNorm(level_dims, feature_norm)
 
-    def forward(self, features: Features) -> Features:
-        """Levels of widths ``level_dims`` -> levels of widths ``out_dims``; joined or not, in and out."""
-        return self.fuse(self.norm(features))
+    def forward(self, features: Features, *, normed: bool = False) -> Features:
+        """Levels of widths ``level_dims`` -> levels of widths ``out_dims``; joined or not, in and out.
+
+        Args:
+            features: the levels.
+            normed: whether they went through ``norm`` already.
+        """
+        return self.fuse(features if normed else self.norm(features))
 
     def fuse(self, features: Features) -> Features:
-        """:meth:`forward` behind the norm."""
+        """:meth:`forward` behind the norm. By a call of the module alone: what brings its weights is hooked to that."""
         return features
 
     def linear(self, out_dim: int) -> nn.Module:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vision_remember.grid import check_count
+
 FeatureNorm = Literal["per_level", "joint", "none"]
 
 Features = Tensor | Sequence[Tensor]
@@ -29,7 +31,9 @@ def level_widths(feature_dim: int, num_levels: int, level_dims: Sequence[int] | 
         ValueError: levels that do not make up C.
     """
     if level_dims is None:
-        if num_levels < 1 or feature_dim % num_levels:
+        check_count("feature_dim", feature_dim)
+        check_count("num_levels", num_levels)
+        if feature_dim % num_levels:
             raise ValueError(f"num_levels={num_levels} must divide feature_dim={feature_dim}")
         return (feature_dim // num_levels,) * num_levels
     if sum(level_dims) != feature_dim or min(level_dims) < 1 or num_levels not in (1, len(level_dims)):
@@ -79,15 +83,15 @@ class LevelNorm(nn.Module):
 
 
 def _normalised_together(levels: Sequence[Tensor]) -> list[Tensor]:
-    """Layer norm over the channels of all levels, from the mean and variance of each (Chan et al. 1979, eq. 2.1)."""
+    """Layer norm over the channels of all levels, which are not joined."""
     # Half precision keeps too few digits for a variance.
     wide = [level.to(torch.promote_types(level.dtype, torch.float32)) for level in levels]
-    moments = [(*torch.var_mean(level, -1, correction=0, keepdim=True), level.shape[-1]) for level in wide]
-    channels = sum(width for *_, width in moments)
-    mean = torch.stack([mean * width for _, mean, width in moments]).sum(0) / channels
-    variance = torch.stack([(var + (own - mean).square()) * width for var, own, width in moments]).sum(0) / channels
+    channels = sum(level.shape[-1] for level in wide)
+    mean = torch.stack([level.sum(-1, keepdim=True) for level in wide]).sum(0) / channels
+    centred = [level - mean for level in wide]
+    variance = torch.stack([level.square().sum(-1, keepdim=True) for level in centred]).sum(0) / channels
     scale = (variance + _NORM_EPS).rsqrt()
-    return [((x - mean) * scale).to(level.dtype) for x, level in zip(wide, levels, strict=True)]
+    return [(x * scale).to(level.dtype) for x, level in zip(centred, levels, strict=True)]
 
 
 class LevelLinear(nn.Linear):
@@ -109,9 +113,12 @@ class LevelLinear(nn.Linear):
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` is of this very class and nothing is hooked to it, so that its weights tell what it does."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return type(module) is kind and not hooked
+    """Whether ``module`` is of this very class and nothing is hooked to it, so that its weights tell what it does.
+
+    A forward of its own is a hook too: accelerate's, which brings offloaded weights.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return type(module) is kind and not hooks and "forward" not in module.__dict__
 
 
 class LevelStack(nn.Module):

@@ -6,16 +6,25 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from vision_remember.grid import check_count
+
 _MAX_DEFAULT_WIDTH = 1024
 _NARROWEST_DEFAULT_HEAD = 8
 _LARGEST_SEARCHED = 1 << 16
 
 
 def attention_width(attn_dim: int | Literal["features"] | None, query_dim: int, feature_dim: int) -> int:
-    """The width that an ``attn_dim`` option means: "features" for C, None for D, at most 1024."""
+    """The width that an ``attn_dim`` option means: "features" for C, None for D, at most 1024.
+
+    Raises:
+        ValueError: no positive whole number.
+    """
     if attn_dim == "features":
-        return feature_dim
-    return attn_dim or min(query_dim, _MAX_DEFAULT_WIDTH)
+        attn_dim = feature_dim
+    elif attn_dim is None:
+        attn_dim = min(query_dim, _MAX_DEFAULT_WIDTH)
+    check_count("attn_dim", attn_dim)
+    return attn_dim
 
 
 def head_count(num_heads: int | None, width: int, wanted: int = 1) -> int:
@@ -27,7 +36,7 @@ def head_count(num_heads: int | None, width: int, wanted: int = 1) -> int:
         wanted: with None, no fewer heads than these where the width has room for them, with 8 channels or more each.
 
     Raises:
-        ValueError: the heads do not divide the width.
+        ValueError: no positive whole number, or one that does not divide the width.
     """
     if num_heads is None:
         most = min(width, _LARGEST_SEARCHED)  # a file may ask for any width, and a search has to end
@@ -36,7 +45,8 @@ def head_count(num_heads: int | None, width: int, wanted: int = 1) -> int:
         if num_heads < wanted:
             counts = range(wanted, min(width // _NARROWEST_DEFAULT_HEAD, _LARGEST_SEARCHED) + 1)
             num_heads = next((count for count in counts if width % count == 0), num_heads)
-    if num_heads < 1 or width % num_heads:
+    check_count("num_heads", num_heads)
+    if width % num_heads:
         raise ValueError(f"num_heads={num_heads} must divide the attention width {width}")
     return num_heads
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vision_remember.grid import Grid
+from vision_remember.interactions.base import check_prepared
 from vision_remember.interactions.levels import Features
 from vision_remember.ops.regions import AxisRegions
 from vision_remember.ops.windowed import to_regions
@@ -26,12 +27,14 @@ class RegionCells(NamedTuple):
         features: (R, n, C), the levels joined, or one (R, n, c) per level.
         saliency: (R, n), or None.
         token_grid: (h, w) of the tokens whose regions these are.
+        feature_grid: (H, W) of the images.
         fused: whether the levels are fused.
     """
 
     features: Features
     saliency: Tensor | None
     token_grid: Grid
+    feature_grid: Grid
     fused: bool = False
 
     @classmethod
@@ -41,6 +44,7 @@ class RegionCells(NamedTuple):
         saliency: Tensor | None,
         axes: tuple[AxisRegions, AxisRegions],
         token_grid: Grid,
+        feature_grid: Grid,
         *,
         join: bool = False,
     ) -> RegionCells:
@@ -57,12 +61,12 @@ class RegionCells(NamedTuple):
             ordered = [_by_regions(to_regions(level, *axes)) for level in features]
         if saliency is not None:
             saliency = _by_regions(to_regions(saliency.unsqueeze(-1), *axes)).squeeze(-1)
-        return cls(ordered, saliency, (token_grid[0], token_grid[1]))
+        return cls(ordered, saliency, (token_grid[0], token_grid[1]), (feature_grid[0], feature_grid[1]))
 
-    def check(self, tokens: Tensor, token_grid: Grid, window: int) -> None:
+    def check(self, tokens: Tensor, token_grid: Grid, feature_grid: Grid, window: int) -> None:
         """Raises ValueError unless these are the regions of (B, h*w, D) ``tokens``."""
         first = self.features if isinstance(self.features, Tensor) else self.features[0]
-        _check(first, self.token_grid, tokens, token_grid, window)
+        _check_regions(self, first, tokens, token_grid, feature_grid, window)
 
 
 class PreparedRegions(NamedTuple):
@@ -72,15 +76,17 @@ class PreparedRegions(NamedTuple):
         key: (R, heads, n, d).
         value: (R, heads, n, d), saliency already multiplied in.
         token_grid: (h, w) of the tokens whose regions these are.
+        feature_grid: (H, W) of the images.
     """
 
     key: Tensor
     value: Tensor
     token_grid: Grid
+    feature_grid: Grid
 
-    def check(self, tokens: Tensor, token_grid: Grid, window: int) -> None:
+    def check(self, tokens: Tensor, token_grid: Grid, feature_grid: Grid, window: int) -> None:
         """Raises ValueError unless these are the regions of (B, h*w, D) ``tokens``."""
-        _check(self.key, self.token_grid, tokens, token_grid, window)
+        _check_regions(self, self.key, tokens, token_grid, feature_grid, window)
 
 
 class RasterCells(NamedTuple):
@@ -115,22 +121,24 @@ class PreparedRaster(NamedTuple):
 
     def check(self, tokens: Tensor, feature_grid: Grid) -> None:
         """Raises ValueError unless (B, h*w, D) ``tokens`` can read these."""
-        if self.feature_grid != tuple(feature_grid):
-            raise ValueError(f"this image was prepared for feature_grid={self.feature_grid}, not for {feature_grid}")
-        if self.key.shape[0] != tokens.shape[0]:
-            raise ValueError(f"{tokens.shape[0]} token grids, but {self.key.shape[0]} prepared images")
-        if self.key.device != tokens.device:
-            raise ValueError(f"devices differ: query {tokens.device}, key {self.key.device}")
+        grids = (self.feature_grid, feature_grid)
+        check_prepared(tokens, self.key, self.key.shape[0], feature_grid=grids)
 
 
-def _check(prepared: Tensor, prepared_for: Grid, tokens: Tensor, token_grid: Grid, window: int) -> None:
-    if prepared_for != tuple(token_grid):
-        raise ValueError(f"this image was prepared for token_grid={prepared_for}, not for {token_grid}")
-    regions = (token_grid[0] // window) * (token_grid[1] // window)
-    if prepared.shape[0] != tokens.shape[0] * regions:
-        raise ValueError(f"{tokens.shape[0]} token grids, but {prepared.shape[0] // regions} prepared images")
-    if prepared.device != tokens.device:
-        raise ValueError(f"devices differ: query {tokens.device}, key {prepared.device}")
+def _check_regions(
+    prepared: RegionCells | PreparedRegions,
+    held: Tensor,
+    tokens: Tensor,
+    token_grid: Grid,
+    feature_grid: Grid,
+    window: int,
+) -> None:
+    grids = {
+        "token_grid": (prepared.token_grid, token_grid),
+        "feature_grid": (prepared.feature_grid, feature_grid),
+    }
+    regions = (prepared.token_grid[0] // window) * (prepared.token_grid[1] // window)
+    check_prepared(tokens, held, held.shape[0] // regions, **grids)
 
 
 def _by_regions(x: Tensor) -> Tensor:

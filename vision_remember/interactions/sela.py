@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vision_remember.grid import Grid, check_grid
+from vision_remember.grid import Grid, check_count, check_grid
 from vision_remember.interactions.absorbed import absorbed_attention, pays_off
 from vision_remember.interactions.bank import keys_and_values, side_by_side
 from vision_remember.interactions.cross_attention import CrossAttention
@@ -106,8 +106,7 @@ class SELA(CrossAttention):
             inner_projections=inner_projections,
             zero_init=zero_init,
         )
-        if window < 1:
-            raise ValueError(f"window={window}: expected a positive number of tokens per block side")
+        check_count("window", window)
         BACKENDS[backend]  # for its error: the earliest place to notice a typo
         if absorb not in (True, False, "auto"):
             raise ValueError(f"absorb={absorb!r}: expected True, False or 'auto'")
@@ -157,16 +156,16 @@ class SELA(CrossAttention):
             return None
         # Into their order they have to be copied in any case, by one copy for all levels. With gradients they stay
         # apart: a backward pass would hold several tensors as large as all of them.
-        cells = RegionCells.of(features, saliency, axes, token_grid, join=not torch.is_grad_enabled())
+        cells = RegionCells.of(features, saliency, axes, token_grid, feature_grid, join=not torch.is_grad_enabled())
         return cells._replace(features=self.fusion.norm(cells.features))
 
     def project_regions(self, cells: RegionCells) -> RegionCells | PreparedRegions:
         """Keys and values of cells by regions; the fused cells themselves where the projections are absorbed."""
-        features = self.fusion.fuse(cells.features)
+        features = self.fusion(cells.features, normed=True)
         if self._absorbs(features):
             return cells._replace(features=features, fused=True)
-        key, value = self.keys_and_values(features, cells.saliency)[:2]
-        return PreparedRegions(key, value, cells.token_grid)
+        key, value = self.keys_and_values(features, cells.saliency)
+        return PreparedRegions(key, value, cells.token_grid, cells.feature_grid)
 
     @property
     def bankable(self) -> list[nn.Parameter]:
@@ -180,7 +179,7 @@ class SELA(CrossAttention):
         if not any(reader._absorbs(cells.features) for reader in readers):
             made = _by_one_product(readers, cells.features, cells.saliency)
             if made is not None:
-                return [PreparedRegions(key, value, cells.token_grid) for key, value in made]
+                return [PreparedRegions(key, value, cells.token_grid, cells.feature_grid) for key, value in made]
         return [reader.project_regions(cells) for reader in readers]
 
     def raster_cells(self, levels: Sequence[Tensor], saliency: Tensor | None, *, feature_grid: Grid) -> RasterCells:
@@ -197,7 +196,7 @@ class SELA(CrossAttention):
 
     def project_raster(self, cells: RasterCells) -> PreparedRaster:
         """Keys and values of cells that stay in raster order."""
-        key, value = self.keys_and_values(self.fusion.fuse(cells.features), None)[:2]
+        key, value = self.keys_and_values(self.fusion(cells.features, normed=True), None)
         return PreparedRaster(key, value, self.saliency_of_keys(cells.saliency), cells.feature_grid)
 
     @staticmethod
@@ -238,7 +237,7 @@ class SELA(CrossAttention):
             prepared = self.project_regions(prepared)
         if not isinstance(prepared, (RegionCells, PreparedRegions)):
             return super().attend(tokens, prepared, token_grid=token_grid, feature_grid=feature_grid)
-        prepared.check(tokens, token_grid, self.window)
+        prepared.check(tokens, token_grid, feature_grid, self.window)
         query = split_heads(self.vr_query(tokens), self.num_heads)
         query = split_query_blocks(query, token_grid, self.window)
         bias = self._bias(query, token_grid, feature_grid)

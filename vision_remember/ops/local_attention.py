@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from vision_remember.grid import Grid, check_grid, check_length
+from vision_remember.grid import Grid, check_count, check_grid, check_length
 from vision_remember.ops.naive import naive_local_attention
 from vision_remember.ops.regions import AxisRegions
 from vision_remember.ops.triton_local_attention import auto_local_attention, triton_local_attention
@@ -73,13 +73,13 @@ def local_attention(
     check_grid("query_grid", query_grid)
     check_grid("key_grid", key_grid)
     check_length("query", query.shape[2], "query_grid", query_grid)
-    if key_levels < 1 or key.shape[2] % key_levels:
+    check_count("key_levels", key_levels)
+    if key.shape[2] % key_levels:
         raise ValueError(
             f"key holds {key.shape[2]} positions: expected key_levels={key_levels} rasters of equal length"
         )
     check_length("key" if key_levels == 1 else "a level of key", key.shape[2] // key_levels, "key_grid", key_grid)
-    if window < 1:
-        raise ValueError(f"window={window}: expected a positive number of queries per block side")
+    check_count("window", window)
     if bias is not None:
         _check_bias(bias, query.shape[1], query_grid, key_grid, key_levels, window)
     return BACKENDS[backend](
@@ -108,6 +108,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, saliency: Tensor |
         raise ValueError(f"saliency {tuple(saliency.shape)}: expected (B, H*W) = {expected}")
     given = {"query": query, "key": key, "value": value, "saliency": saliency, "bias": bias}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    if not query.is_floating_point():
+        raise ValueError(f"query {query.dtype}: expected a floating dtype")
     if len({t.dtype for t in tensors.values()}) > 1:
         raise ValueError(f"dtypes differ: {', '.join(f'{n} {t.dtype}' for n, t in tensors.items())}")
     if len({t.device for t in tensors.values()}) > 1:

@@ -304,7 +304,10 @@ def _gradients(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError("the gradients of backend='triton' cannot be differentiated again; backend='windowed' can")
+    raise RuntimeError(
+        "the gradients of backend='triton' cannot be differentiated again; those of backend='windowed' can, inside"
+        " torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    )
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)

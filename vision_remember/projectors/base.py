@@ -41,7 +41,7 @@ class Projector(nn.Module):
         super().__init__()
         if ratio is not None and out_grid is not None:
             raise ValueError(f"give ratio={ratio} or out_grid={out_grid}, not both")
-        if ratio is not None and not (isinstance(ratio, int) and ratio > 0 and math.isqrt(ratio) ** 2 == ratio):
+        if ratio is not None and (type(ratio) is not int or ratio < 1 or math.isqrt(ratio) ** 2 != ratio):
             raise ValueError(f"ratio={ratio!r}: expected the square of a whole number (1, 4, 9, 16, ...)")
         if out_grid is not None:
             check_grid("out_grid", out_grid)
@@ -97,7 +97,8 @@ class Projector(nn.Module):
         """The grid of ``features``, which are checked; see :meth:`forward`."""
         if features.ndim != 3 or features.shape[2] != self.feature_dim:
             raise ValueError(f"features {tuple(features.shape)}: expected (B, H*W, {self.feature_dim})")
-        grid = grid or square_grid(features.shape[1])
+        grid = square_grid(features.shape[1]) if grid is None else grid
+        check_grid("grid", grid)
         check_length("features", features.shape[1], "grid", grid)
         return grid
 

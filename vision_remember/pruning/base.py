@@ -218,7 +218,7 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_layers(name: str, layers: Sequence[int], depth: int, lowest: int) -> None:
-    """Raises ValueError unless the layers rise and the decoder has them."""
-    rising = all(a < b for a, b in itertools.pairwise(layers))
+    """Raises ValueError unless the layers are whole numbers that rise, and the decoder has them."""
+    rising = all(type(layer) is int for layer in layers) and all(a < b for a, b in itertools.pairwise(layers))
     if not layers or not rising or layers[0] < lowest or layers[-1] >= depth:
         raise ValueError(f"{name}={list(layers)}: expected rising layers from {lowest} to {depth - 1} of this decoder")

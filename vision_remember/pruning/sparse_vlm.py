@@ -79,6 +79,7 @@ class SparseVLM(DecoderPruner):
         assert tokens.attention is not None
         assert tokens.counted is not None
         counts, ratings = tokens.vision.sum(1), tokens.attention.mean(1)
+        ratings = ratings.to(torch.promote_types(ratings.dtype, torch.float32))  # half precision has no rank
         for row, (seen, asked) in enumerate(zip(tokens.vision, tokens.counted, strict=True)):
             if bool(seen.any()):
                 rank = torch.linalg.matrix_rank(ratings[row][asked][:, seen])
