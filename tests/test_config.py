@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -133,6 +134,12 @@ def test_a_field_that_an_interaction_lacks_is_an_error_once_it_is_set(name: str)
 def test_an_unknown_field_is_an_error_with_a_suggestion(make: Any) -> None:
     with pytest.raises(ValueError, match="no field 'zero_int': did you mean 'zero_init'"):
         make(zero_int=True)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null"])
+def test_json_without_fields_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match=f"{re.escape(repr(json.loads(text)))}: expected the fields of"):
+        VisionRememberConfig.from_json(text)
 
 
 def test_an_unknown_preset_is_an_error_with_a_suggestion() -> None:

@@ -186,8 +186,13 @@ def test_a_prepared_image_has_its_saliency_already(name: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"feature_grid": (8, 11)}, {"saliency": torch.zeros(2, 1)}, {"features": torch.zeros(2, 96, C - 1)}],
-    ids=["grid", "saliency", "width"],
+    [
+        {"feature_grid": (8, 11)},
+        {"saliency": torch.zeros(2, 1)},
+        {"features": torch.zeros(2, 96, C - 1)},
+        {"features": torch.zeros(96, C)},
+    ],
+    ids=["grid", "saliency", "width", "no images"],
 )
 @every_interaction
 def test_what_is_prepared_is_checked(name: str, change: dict[str, Any]) -> None:

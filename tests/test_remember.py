@@ -240,6 +240,8 @@ def test_features_on_another_device_are_named() -> None:
     [
         ({"token_grid": (4, 5)}, "24 positions.*4x5.*20"),
         ({"feature_grid": (8, 11)}, "96 positions.*8x11.*88"),
+        ({"tokens": torch.zeros(2, 24, D + 1)}, r"tokens \(2, 24, 17\): expected \(B, h\*w, 16\)"),
+        ({"tokens": torch.zeros(24, D)}, r"tokens \(24, 16\): expected \(B, h\*w, 16\)"),
         ({"features": torch.zeros(2, 96, C + 1)}, "feature_dim=24"),
         ({"features": torch.zeros(1, 96, C), "saliency": None}, "2 token grids.*1 images"),
     ],

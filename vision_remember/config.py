@@ -141,7 +141,9 @@ class VisionRememberConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> VisionRememberConfig:
-        """The inverse of :meth:`to_dict`; raises ValueError for an unknown field."""
+        """The inverse of :meth:`to_dict`; raises ValueError for an unknown field or what has no fields."""
+        if not isinstance(data, dict):
+            raise ValueError(f"{data!r}: expected the fields of a VisionRememberConfig")
         known = [field.name for field in dataclasses.fields(cls)]
         for name in data:
             if name not in known:

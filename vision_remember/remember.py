@@ -12,6 +12,7 @@ from vision_remember.config import VisionRememberConfig
 from vision_remember.grid import Grid
 from vision_remember.interactions import INTERACTIONS, SELA, TokenMixer, build_interaction, interaction_options
 from vision_remember.interactions.bank import lay_side_by_side, save_apart
+from vision_remember.interactions.base import check_tokens
 from vision_remember.interactions.levels import Features, are_features, is_plain
 from vision_remember.interactions.region_cells import PreparedRaster
 from vision_remember.interactions.token_mixer import TokenMixerKind
@@ -192,6 +193,7 @@ class VisionRemember(nn.Module):
         text: Tensor | None,
         present: Tensor | None,
     ) -> Tensor:
+        check_tokens(tokens, self.interaction.query_dim)  # before the norm, whose error would name no argument
         parts = tuple(features) if are_features(features) and not isinstance(features, Tensor) else (features,)
         arguments = (tokens, token_grid, feature_grid, saliency, text, present, *parts)
         if self.gradient_checkpointing and self.training:

@@ -13,6 +13,12 @@ from vision_remember.interactions.levels import Features, are_features
 P = TypeVar("P")
 
 
+def check_tokens(tokens: Tensor, width: int) -> None:
+    """Raises ValueError unless ``tokens`` are (B, h*w, width)."""
+    if tokens.ndim != 3 or tokens.shape[2] != width:
+        raise ValueError(f"tokens {tuple(tokens.shape)}: expected (B, h*w, {width}), query_dim={width}")
+
+
 def check_prepared(tokens: Tensor, held: Tensor, images: int, **grids: tuple[Grid, Grid]) -> None:
     """Raises ValueError unless these tokens can read images that were prepared before.
 
@@ -78,10 +84,11 @@ class Interaction(nn.Module, Generic[P]):
         if not isinstance(features, Tensor) and len(features) == 1:
             features = features[0]
         first = features if isinstance(features, Tensor) else self._checked_levels(features)[0]
+        if isinstance(features, Tensor) and (features.ndim != 3 or features.shape[2] != self.feature_dim):
+            expected = f"(B, H*W, {self.feature_dim}), feature_dim={self.feature_dim}"
+            raise ValueError(f"features {tuple(features.shape)}: expected {expected}")
         check_grid("feature_grid", feature_grid)
         check_length("features", first.shape[1], "feature_grid", feature_grid)
-        if isinstance(features, Tensor) and features.shape[2] != self.feature_dim:
-            raise ValueError(f"features {tuple(features.shape)}: expected width feature_dim={self.feature_dim}")
         if saliency is not None and saliency.shape != first.shape[:2]:
             raise ValueError(f"saliency {tuple(saliency.shape)}: expected (B, H*W) = {tuple(first.shape[:2])}")
         if token_grid is not None:
@@ -89,9 +96,10 @@ class Interaction(nn.Module, Generic[P]):
         return self.project(features, saliency, feature_grid=feature_grid, token_grid=token_grid)
 
     def _checked_levels(self, levels: Sequence[Tensor]) -> Sequence[Tensor]:
-        widths = tuple(level.shape[2] for level in levels)
+        widths = tuple(level.shape[-1] for level in levels)
         # Sizes are compared, not collected in a set: those that torch.export leaves open have no hash.
-        if widths != self.level_dims or any(level.shape[:2] != levels[0].shape[:2] for level in levels):
+        alike = all(level.ndim == 3 and level.shape[:2] == levels[0].shape[:2] for level in levels)
+        if widths != self.level_dims or not alike:
             found = ", ".join(str(tuple(level.shape)) for level in levels)
             raise ValueError(
                 f"features [{found}]: expected one (B, H*W, c) per level, level_dims={list(self.level_dims)}"
@@ -131,10 +139,9 @@ class Interaction(nn.Module, Generic[P]):
         Raises:
             ValueError: shapes and grids that do not fit together.
         """
+        check_tokens(tokens, self.query_dim)
         check_grid("token_grid", token_grid)
         check_length("tokens", tokens.shape[1], "token_grid", token_grid)
-        if tokens.shape[2] != self.query_dim:
-            raise ValueError(f"tokens {tuple(tokens.shape)}: expected width query_dim={self.query_dim}")
         if are_features(features):
             # Not by len() of a tensor, which torch.export takes for a constant.
             levels = [features] if isinstance(features, Tensor) else features
