@@ -350,6 +350,22 @@ def test_nothing_is_prepared_ahead_with_weights_that_are_elsewhere(
     assert theirs is None
 
 
+def test_nothing_is_prepared_ahead_without_parameters() -> None:
+    """As FSDP's first version leaves a block by default: its weights are tensors, views of a parameter elsewhere."""
+    block = VisionRemember(16, 24, num_levels=3)
+    arguments = {"token_grid": (2, 2), "feature_grid": (4, 4)}
+    levels = [torch.randn(2, 16, 8) for _ in range(3)]
+    tokens = torch.randn(2, 4, 16)
+    with torch.no_grad():
+        expected = block(tokens, levels, **arguments)
+        for module in block.modules():
+            for name in list(module._parameters):
+                weight = module._parameters.pop(name)
+                setattr(module, name, None if weight is None else weight.detach())
+        assert prepare_together([block], levels, **arguments) == [None]
+        assert torch.equal(block(tokens, levels, **arguments), expected)
+
+
 def test_banked_weights_are_saved_as_tensors_of_their_own() -> None:
     """Safetensors, and all that writes by it, takes tensors of one storage for one and the same."""
     blocks = [VisionRemember(16, 24, num_levels=3) for _ in range(2)]

@@ -350,8 +350,8 @@ def _reader_at_hand(block: nn.Module, device: torch.device) -> SELA | None:
         return None
     if block.interaction._forward_pre_hooks or block.interaction._forward_hooks:
         return None  # hooks are to see what the call documents: the levels
-    if next(block.interaction.vr_key.parameters()).ndim < 2:
-        return None  # the shards of FSDP's first version are flat
+    if not any(weight.ndim > 1 for weight in block.interaction.vr_key.parameters()):
+        return None  # the shards of FSDP's first version are flat, or stand in one parameter outside of the block
     # Also those that only the block's own call reads: `rewrite` reads them past their modules.
     return block.interaction if all(_is_at_hand(p, device) for p in block.parameters()) else None
 
