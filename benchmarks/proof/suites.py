@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from .arms import ArmSpec
@@ -103,29 +104,36 @@ _TWO_PER_CELL: dict[str, Any] = {"attn_dim": 288, "num_heads": 18}
 BOOSTED = "saliency that takes nothing away"
 
 
+def _tried(ratio: int, name: str, layers: tuple[int, ...] = PAPER_LAYERS, **overrides: Any) -> ArmSpec:
+    return replace(remember(ratio), name=f"1/{ratio}: {name}", layers=layers, overrides=overrides)
+
+
+def boosted_arms(ratio: int) -> list[ArmSpec]:
+    """What became the default, with the paper's places and with one: run at every ratio, whatever is chosen."""
+    return [_tried(ratio, BOOSTED, **_BOOST), _tried(ratio, f"{BOOSTED}, before 1 alone", (1,), **_BOOST)]
+
+
 def searched_arms(ratio: int) -> list[ArmSpec]:
     """What is tried for a better default at a ratio: SELA as in the tables, changes, other places of the blocks."""
-
-    def tried(name: str, layers: tuple[int, ...] = PAPER_LAYERS, **overrides: Any) -> ArmSpec:
-        return replace(remember(ratio), name=f"1/{ratio}: {name}", layers=layers, overrides=overrides)
-
+    tried = partial(_tried, ratio)
+    both, single = boosted_arms(ratio)
     if ratio == 4:
         return [
             tried("as in the tables"),
             tried("no saliency", saliency=None),
-            tried(BOOSTED, **_BOOST),
+            both,
             tried("wider, a head more per cell", attn_dim=256, num_heads=16),
             tried("two query layers", query_layers=2),
             tried("two output layers", output_layers=2),
             tried("no saliency, two query and output layers", saliency=None, query_layers=2, output_layers=2),
             tried("no saliency, wider", saliency=None, attn_dim=256, num_heads=16),
             tried("blocks before 1, 2", (1, 2)),
-            tried(f"{BOOSTED}, before 1 alone", (1,), **_BOOST),
+            single,
         ]
     return [
         tried("as in the tables"),
-        tried(BOOSTED, **_BOOST),
-        tried(f"{BOOSTED}, before 1 alone", (1,), **_BOOST),
+        both,
+        single,
         tried(f"nine heads as wide, {BOOSTED}", **_NINE_HEADS, **_BOOST),
         tried(f"nine heads as wide, {BOOSTED}, before 1 alone", (1,), **_NINE_HEADS, **_BOOST),
         tried(f"two heads per cell, {BOOSTED}", **_TWO_PER_CELL, **_BOOST),
@@ -142,13 +150,10 @@ SUITES = {
     "table5a": _table5a(),
     "controls": _controls(),
     "rivals": _rivals(),
-    "search": [
-        *_table5a()[:5],
-        *(arm for arm in SEARCHED if arm.overrides == _BOOST),
-    ],
+    "search": [*_table5a(), *(arm for ratio in RATIOS for arm in boosted_arms(ratio))],
 }
 """Arms by suite. Those of table 4b take the learning rate that their own tuning chose; to those of "search" come the
-arms that did best on the validation pages: what the default preset became of it is run in any case."""
+arms that did best on the validation pages."""
 
 
 def tuning_arms(name: str, level: Level) -> list[ArmSpec]:

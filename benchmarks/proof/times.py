@@ -24,7 +24,7 @@ from .prepare import Workshop, settle
 from .prompts import prompts
 from .rivals import RIVALS, pruning
 from .runner import versions
-from .suites import POOLED, RATIOS, SEARCHED, SUITES, distinct, remember
+from .suites import POOLED, SEARCHED, SUITES, distinct
 from .train import Set, World, arm_logits
 from .words import Streams
 
@@ -100,7 +100,8 @@ def absorbed(spec: ArmSpec) -> ArmSpec:
 
 def _timed(world: World) -> list[ArmSpec]:
     specs = [POOLED, *(arm for arms in SUITES.values() for arm in arms)]
-    specs += [*SEARCHED, *map(absorbed, [*map(remember, RATIOS), *SEARCHED])]
+    absorbing = [arm for arm in (*SUITES["search"], *SEARCHED) if arm.layers]
+    specs += [*SEARCHED, *map(absorbed, absorbing)]
     return [spec for spec in distinct(specs) if spec.cells in world.pretrained]
 
 
@@ -120,14 +121,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.proof.times", description=__doc__)
     parser.add_argument("--level", choices=list(LEVELS), default="cpu", help="how large (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, help="of every call (default: the level's)")
     parser.add_argument("--results", type=Path, help="JSON lines (default: benchmarks/results/proof_LEVEL.jsonl)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="pages, encoder and decoder (default: %(default)s)")
     options = parser.parse_args(arguments)
     level = LEVELS[options.level]
+    if options.repeats is not None:
+        if options.repeats < 1:
+            parser.error(f"--repeats {options.repeats}: expected at least 1")
+        level = replace(level, prefill_repeats=options.repeats)
     results = options.results or RESULTS / f"proof_{options.level}.jsonl"
     settle(level)
     world = Workshop(level, options.cache).world([recipe.side for recipe in level.decoders])
-    found = {"times": measure(level, world), "versions": versions(level.device)}
+    found = {"times": measure(level, world), "repeats": level.prefill_repeats, "versions": versions(level.device)}
     times_file(results).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
