@@ -169,6 +169,6 @@ def test_what_tiles_cannot_be_is_refused(name: str, options: dict[str, Any], mes
 def test_a_processor_of_another_model_is_refused() -> None:
     model = build("llava_next", "clip")
     processor = processor_of("llava_next", model)
-    processor.patch_size = 8
-    with pytest.raises(ValueError, match="emits 16 image tokens per tile, but the model's projector makes 64"):
+    processor.patch_size = 16  # with 8 it would be the model's own, saved when it was compressed
+    with pytest.raises(ValueError, match="emits 4 image tokens per tile, but the model's projector makes 64"):
         compress_projector(model, processor, "adaptive_avg_pool", ratio=4)
