@@ -26,7 +26,7 @@ class CompressionHandle:
         token_grid: (h, w) of an image's tokens.
     """
 
-    def __init__(self, parts: HostParts, projector: Projector, processor: Any) -> None:
+    def __init__(self, parts: HostParts, projector: Projector, processor: Any, count: PlaceholderCount | None) -> None:
         assert parts.feature_grid is not None
         assert parts.spec.projector is not None
         self.projector = projector
@@ -40,7 +40,7 @@ class CompressionHandle:
         self._layers = list(scale_levels(projector.encoder_levels, depth))
         self._patch_size = None if parts.spec.plain else PatchSize(parts.base, self.token_grid)
         self._processor = processor
-        self._count = None if processor is None else _own_count(parts, processor)
+        self._count = count
         self._restored = False
 
     def install(self) -> None:
@@ -178,13 +178,12 @@ def compress_projector(
     if isinstance(parts.projector, Projector):
         raise RuntimeError("the projector is compressed already; restore() it first")
     projector = _build(parts, name, ratio, out_grid, options)
-    if processor is not None:
-        _check_processor(parts, processor, projector)
+    count = None if processor is None else _own_count(parts, processor, projector)
     if projector.end_tokens and not parts.spec.plain:
         raise ValueError(
             f"end_tokens={projector.end_tokens}: {type(parts.model).__name__} stitches tiles, which end nowhere"
         )
-    handle = CompressionHandle(parts, projector, processor)
+    handle = CompressionHandle(parts, projector, processor, count)
     handle.install()
     return handle
 
@@ -260,26 +259,23 @@ def _level_width(parts: HostParts, *, joined: bool) -> int:
     )
 
 
-def _check_processor(parts: HostParts, processor: Any, projector: Projector) -> None:
+def _own_count(parts: HostParts, processor: Any, projector: Projector) -> PlaceholderCount:
+    """How the processor counts for the model's own projector.
+
+    Raises:
+        ValueError: it counts neither for that nor, as one does that was saved after compressing, for the new one.
+    """
     assert parts.feature_grid is not None
+    h, w = parts.feature_grid
     side = None if parts.spec.plain else tile_side(parts.base)
     made = tokens_per_tile(processor, side)
-    h, w = parts.feature_grid
-    # A processor that was saved after compressing has the new count already.
-    if made not in (h * w, projector.num_tokens(parts.feature_grid)):
+    if made == h * w:
+        return PlaceholderCount.read(processor)
+    if made != projector.num_tokens(parts.feature_grid):
         raise ValueError(
             f"{type(processor).__name__} emits {made} image tokens per {'image' if side is None else 'tile'}, but the "
             f"model's projector makes {h * w} ({h}x{w}): is it this model's processor?"
         )
-
-
-def _own_count(parts: HostParts, processor: Any) -> PlaceholderCount:
-    """How the processor counts for the model's own projector."""
-    assert parts.feature_grid is not None
-    h, w = parts.feature_grid
-    side = None if parts.spec.plain else tile_side(parts.base)
-    if tokens_per_tile(processor, side) == h * w:
-        return PlaceholderCount.read(processor)
     return PlaceholderCount.for_tokens(processor, h * w, parts.feature_grid, None if side is None else side // h)
 
 
