@@ -15,6 +15,7 @@ from benchmarks.proof import report
 from benchmarks.proof.arms import ArmSpec
 from benchmarks.proof.claims import CLAIMS, DETAIL
 from benchmarks.proof.levels import LEVELS, TINY
+from benchmarks.proof.longer import longer_rows
 from benchmarks.proof.pages import task_groups, task_names
 from benchmarks.proof.report import (
     Results,
@@ -279,6 +280,29 @@ def test_the_rates_that_were_tried_are_shown(results: Results) -> None:
         assert all("lines.jsonl#L" in cell for cell in cells(row)[1:])
         assert max(values) == values[RATES.index(best)]
         assert values[RATES.index(best)] - min(values) == pytest.approx(10, abs=1)
+
+
+def test_more_steps_stand_beside_the_same_seeds(path: Path, tmp_path: Path) -> None:
+    level = replace(LEVEL, name="longer", arm=replace(LEVEL.arm, steps=7))
+    more = tmp_path / "longer.jsonl"
+    arms = SUITES["patience"]
+    lines = [{**line(arm, 1, 0.8), "key": Job(arm, 1).key(level)} for arm in arms[:-1]]
+    more.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    stages_file(more).write_text(stages_file(path).read_text())
+    longer = Results(more, level, tuned=False)
+    rows = longer_rows(Results(path, LEVEL, seeds=longer.seeds), longer)
+    assert [cells(row)[0] for row in rows[2:]] == [arm.name for arm in arms[:-1]]
+    row = row_of(rows, "pooled 1/4")
+    of_few, of_many = (Results(file, one, tuned=False, seeds=[1]) for file, one in ((path, LEVEL), (more, level)))
+    assert row[f"{DETAIL}, 3 steps"] == f"{detail_of('pooled 1/4', 1):.1f}"
+    assert row["mean, 3 steps"] == str(of_few.mean("pooled 1/4"))
+    assert float(row[f"{DETAIL}, 7 steps"]) == pytest.approx(80, abs=1.3)
+    assert float(row["mean, 7 steps"]) == pytest.approx(of_many.mean("pooled 1/4").value, abs=0.05)
+    assert "longer.jsonl#L1)" in row["lines, 7 steps"]
+    assert "lines.jsonl#L" in row["lines, 3 steps"]
+    assert "[0]" not in row["lines, 3 steps"]
+    page = report.written_part(Results(path, LEVEL), longer)
+    assert "## With 7 steps, seeds [1]\n\n" + "\n".join(rows) in page
 
 
 def test_the_command_writes_page_and_figures(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

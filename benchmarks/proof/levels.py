@@ -104,6 +104,8 @@ CPU = Level(
     ),
 )
 """Tasks that a small decoder learns in minutes: what stands in a cell that the question names, or beside a name."""
+LONG = replace(CPU, name="long", arm=replace(CPU.arm, steps=1000), check_every=200)
+"""Four times the steps, on the same pages, encoder and decoders: who is only slow?"""
 GPU = Level(
     "gpu",
     tasks=CPU.tasks,
@@ -139,5 +141,5 @@ TINY = replace(
     check_every=2,
     prefill_repeats=2,
 )
-LEVELS = {level.name: level for level in (CPU, GPU, TINY)}
+LEVELS = {level.name: level for level in (CPU, LONG, GPU, TINY)}
 """By name; "tiny" runs every line in seconds and learns nothing."""

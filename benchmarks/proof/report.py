@@ -15,7 +15,8 @@ from benchmarks.paper_tables import GROUPS, TABLE_2, TABLE_4, TABLE_5A, group_av
 from .arms import ArmSpec
 from .claims import CLAIMS, DETAIL, Claim
 from .figures import density_figure, forgetting_figure, pareto_figure
-from .levels import LEVELS, Level
+from .levels import CPU, LEVELS, LONG, Level
+from .longer import longer_rows
 from .pages import task_groups, task_names
 from .runner import Job, choosing_mean, read_lines, stages_file, suite_arms, validation_mean
 from .statistics import Mean, compared, mean_of, recovered
@@ -66,9 +67,10 @@ class Results:
         path: The file.
         level: Its level.
         tuned: Whether it holds the runs that table 4b's rates are chosen from.
+        seeds: Which lines of arms count; None for all but those of choices.
     """
 
-    def __init__(self, path: Path, level: Level, *, tuned: bool = True) -> None:
+    def __init__(self, path: Path, level: Level, *, tuned: bool = True, seeds: Sequence[int] | None = None) -> None:
         self.path, self.level = path, level
         self.lines = read_lines(path)
         times = times_file(path)
@@ -76,7 +78,8 @@ class Results:
         self.stages: dict[str, Any] = json.loads(stages_file(path).read_text(encoding="utf-8"))
         self.number = {line["key"]: number for number, line in enumerate(self.lines, 1)}
         self.by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        seeds = sorted({line["seed"] for line in self.lines if line["seed"] < TUNING_SEED})
+        if seeds is None:
+            seeds = sorted({line["seed"] for line in self.lines if line["seed"] < TUNING_SEED})
         known = {line["key"]: line for line in self.lines}
         self.suites: dict[str, list[ArmSpec]] = {
             name: suite_arms(name, level, path) if tuned else arms for name, arms in SUITES.items()
@@ -293,8 +296,13 @@ def tuning_rows(results: Results) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def written_part(results: Results) -> str:
-    """Everything between the markers of the page."""
+def written_part(results: Results, longer: Results | None = None) -> str:
+    """Everything between the markers of the page.
+
+    Args:
+        results: What the tables show.
+        longer: The same level with more steps, if it was run.
+    """
     versions = results.lines[0]["versions"]
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts = [
@@ -319,6 +327,9 @@ def written_part(results: Results) -> str:
         if suite == "table4b":
             parts += ["Validation accuracy by learning rate, from which the rates above were chosen:",
                       "\n".join(tuning_rows(results))]  # fmt: skip
+    if longer is not None:
+        few = Results(results.path, results.level, tuned=False, seeds=longer.seeds)
+        parts += [f"## With {longer.level.arm.steps} steps, seeds {longer.seeds}", "\n".join(longer_rows(few, longer))]
     return "\n\n".join(parts)
 
 
@@ -343,7 +354,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     path = options.results or ROOT / "benchmarks" / "results" / f"proof_{options.level}.jsonl"
     results = Results(path, LEVELS[options.level])
-    options.page.write_text(updated(options.page.read_text(encoding="utf-8"), written_part(results)), encoding="utf-8")
+    more = path.with_name(f"proof_{LONG.name}.jsonl")
+    longer = Results(more, LONG, tuned=False) if results.level == CPU and more.exists() else None
+    part = written_part(results, longer)
+    options.page.write_text(updated(options.page.read_text(encoding="utf-8"), part), encoding="utf-8")
     images = options.page.parent / "images"
     images.mkdir(exist_ok=True)
     for name, figure in (

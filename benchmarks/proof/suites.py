@@ -141,6 +141,14 @@ def searched_arms(ratio: int) -> list[ArmSpec]:
     ]
 
 
+def _patience() -> list[ArmSpec]:
+    """Arms that stay behind, and what they stay behind of."""
+    late = ("saliency alone", "neither saliency nor position", "position learned from near zero", "zero gate")
+    slow = [arm for arm in _table4a() if arm.name in (*late, "the paper as printed")]
+    pairs = [(pooled(ratio), boosted_arms(ratio)[0]) for ratio in RATIOS]
+    return [*pairs[0], remember(RATIOS[0]), *slow, *pairs[1], *pairs[2]]
+
+
 SEARCHED = [arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio)]
 SUITES = {
     "table2": _table2(),
@@ -150,6 +158,7 @@ SUITES = {
     "table5a": _table5a(),
     "controls": _controls(),
     "rivals": _rivals(),
+    "patience": _patience(),
     "search": [*_table5a(), *(arm for ratio in RATIOS for arm in boosted_arms(ratio))],
 }
 """Arms by suite. Those of table 4b take the learning rate that their own tuning chose; to those of "search" come the
