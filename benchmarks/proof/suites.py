@@ -145,8 +145,13 @@ def _patience() -> list[ArmSpec]:
     """Arms that stay behind, and what they stay behind of."""
     late = ("saliency alone", "neither saliency nor position", "position learned from near zero", "zero gate")
     slow = [arm for arm in _table4a() if arm.name in (*late, "the paper as printed")]
-    pairs = [(pooled(ratio), boosted_arms(ratio)[0]) for ratio in RATIOS]
-    return [*pairs[0], remember(RATIOS[0]), *slow, *pairs[1], *pairs[2]]
+    none = _table5a()[0]
+    return [
+        none,
+        remember(RATIOS[0]),
+        *slow,
+        *(arm for ratio in RATIOS for arm in (pooled(ratio), *boosted_arms(ratio))),
+    ]
 
 
 SEARCHED = [arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio)]
