@@ -257,6 +257,21 @@ def test_a_claim_that_fails_is_reported_as_failed(path: Path) -> None:
     assert found["difference, points"].startswith("-")
 
 
+@pytest.mark.parametrize("rates", [0, 2])
+def test_a_file_that_lacks_rates_of_table_4b_is_reported_without_it(path: Path, rates: int) -> None:
+    keys = {Job(arm, seed).key(LEVEL) for arm in SUITES["table5a"] for seed in SEEDS}
+    keys |= {Job(arm, TUNING_SEED).key(LEVEL) for name in BEST for arm in tuning_arms(name, LEVEL)[:rates]}
+    kept = [one for one in read_lines(path) if one["key"] in keys]
+    path.write_text("".join(json.dumps(one) + "\n" for one in kept))
+    results = Results(path, LEVEL)
+    assert len(suite_table(results, "table4b")) == 2
+    assert len(suite_table(results, "table5a")) == 2 + len(SUITES["table5a"])
+    rows = claim_rows(results)
+    row_of(rows, "Pooling loses detail")
+    assert "SELA beats deformable attention" not in [cells(row)[0] for row in rows]
+    assert "| pooled 1/4 + VR |" in report.written_part(results)
+
+
 def test_pruners_stand_beside_the_arm_that_they_prune(results: Results) -> None:
     rows = pruned_rows(results)
     assert [cells(row)[0] for row in rows[2:]] == ["none", "FastV 1/4"]
@@ -267,7 +282,7 @@ def test_pruners_stand_beside_the_arm_that_they_prune(results: Results) -> None:
 
 def test_a_ratio_that_no_decoder_reads_is_named(path: Path) -> None:
     level = replace(LEVEL, reads_enough=0.95)
-    assert [cells(row)[-1] for row in stage_rows(Results(path, level, tuned=False))[2:]] == ["left out: below 95 %"] * 3
+    assert [cells(row)[-1] for row in stage_rows(Results(path, level))[2:]] == ["left out: below 95 %"] * 3
     assert [cells(row)[-1] for row in stage_rows(Results(path, LEVEL))[2:]] == ["run"] * 3
 
 

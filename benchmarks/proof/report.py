@@ -17,7 +17,7 @@ from .claims import CLAIMS, DETAIL, Claim
 from .figures import density_figure, forgetting_figure, pareto_figure
 from .levels import LEVELS, Level
 from .pages import task_groups, task_names
-from .runner import Job, choosing_mean, read_lines, stages_file, suite_arms, validation_mean
+from .runner import Job, choosing_mean, is_tuned, read_lines, stages_file, suite_arms, validation_mean
 from .statistics import Mean, compared, mean_of, recovered
 from .suites import (
     INTERACTION_NAMES,
@@ -63,12 +63,11 @@ class Results:
     """The lines of a results file, by arm.
 
     Args:
-        path: The file.
+        path: The file. Suites that it lacks have no lines; table 4b has no arms before all its rates are tried.
         level: Its level.
-        tuned: Whether it holds the runs that table 4b's rates are chosen from.
     """
 
-    def __init__(self, path: Path, level: Level, *, tuned: bool = True) -> None:
+    def __init__(self, path: Path, level: Level) -> None:
         self.path, self.level = path, level
         self.lines = read_lines(path)
         times = times_file(path)
@@ -78,8 +77,9 @@ class Results:
         self.by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
         seeds = sorted({line["seed"] for line in self.lines if line["seed"] < TUNING_SEED})
         known = {line["key"]: line for line in self.lines}
+        tuned = is_tuned(level, path)
         self.suites: dict[str, list[ArmSpec]] = {
-            name: suite_arms(name, level, path) if tuned else arms for name, arms in SUITES.items()
+            name: suite_arms(name, level, path) if tuned or name != "table4b" else [] for name in SUITES
         }
         for arm in (arm for arms in self.suites.values() for arm in arms):
             if arm.name not in self.by_arm:
@@ -211,7 +211,7 @@ def recovery_rows(results: Results) -> list[str]:
             times = [results.time(mine, "prefill", absorbed=absorbed) for absorbed in (False, True)]
             cells = [str(results.mean(name, DETAIL)) for name in (low, mine, high)]
             ratios = [_ratio(time and base and time / base) for time in times]
-            rows.append([title, *cells, str(share), *ratios])
+            rows.append([title, *cells, str(share or "–"), *ratios])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
