@@ -112,7 +112,7 @@ def make_report(
     notes: dict[str, str] = {}
     saliency = density = plain_density = None
     try:
-        (saliency,) = saliency_map(model, inputs)
+        saliency = _of_one_picture(saliency_map(model, inputs))
     except ValueError as error:
         notes["saliency"] = str(error)
     looks: dict[int, RegionAttention] = {}
@@ -148,6 +148,19 @@ def make_report(
         plain_density=plain_density,
         notes=notes,
     )
+
+
+def _of_one_picture(maps: tuple[SaliencyMap, ...]) -> SaliencyMap:
+    """The maps of one picture as one: to some hosts each tile that their processor cuts is an image of its own.
+
+    Raises:
+        ValueError: tiles of several sizes.
+    """
+    if len(maps) == 1:
+        return maps[0]
+    if len({tuple(tiles.tiles.shape[1:]) for tiles in maps}) > 1:
+        raise ValueError(f"the processor cuts the picture into {len(maps)} tiles, which are not of one size")
+    return SaliencyMap(torch.cat([tiles.tiles for tiles in maps]), None)
 
 
 def _check_token(token: Grid, grid: Grid | None) -> None:
