@@ -215,7 +215,7 @@ def _tiles_seen(
     images = getattr(processor, "image_processor", processor)
     mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
     colours = tiles.float().cpu()
-    if mean is not None and std is not None:
+    if getattr(images, "do_normalize", True) and mean is not None and std is not None:
         colours = colours * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     bytes_ = (colours.clamp(0, 1) * 255).round().to(torch.uint8)
     return tuple(tile.permute(1, 2, 0).numpy() for tile in bytes_)

@@ -106,6 +106,10 @@ def test_a_tile_is_shown_as_the_encoder_saw_it(trained: Any) -> None:
     model, processor, _ = trained
     (tile,) = make_report(model, processor, picture(), QUESTION, max_new_tokens=1).tiles
     assert np.abs(tile.astype(int) - np.asarray(picture()).astype(int)).max() <= 1
+    processor.image_processor.do_normalize = False
+    (tile,) = make_report(model, processor, picture(), QUESTION, max_new_tokens=1).tiles
+    assert np.abs(tile.astype(int) - np.asarray(picture()).astype(int)).max() <= 1
+    processor.image_processor.do_normalize = True
     # CLIP's processor crops to the middle: of a wide picture the encoder sees no borders
     wide = Image.new("RGB", (96, 32), "red")
     wide.paste(picture(), (32, 0))
