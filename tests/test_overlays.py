@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -172,6 +173,28 @@ def test_a_probe_reads_what_is_there_and_nothing_else() -> None:
     classes = states[:, :4].argmax(1)
     assert linear_probe(states, classes, train) > 0.8
     assert linear_probe(states, classes[torch.randperm(300, generator=generator)], train) < 0.45
+
+
+@pytest.mark.parametrize("number", [torch.int16, torch.uint8, torch.bool, torch.int64])
+def test_classes_are_whole_numbers_of_any_kind(number: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(80, 6, generator=generator)
+    classes, train = (states[:, 0] > 0).long(), torch.arange(80) % 2 == 0
+    expected = linear_probe(states, classes, train)
+    assert 0.8 < expected < 1
+    assert linear_probe(states, classes.to(number), train) == expected
+    if number == torch.int64:
+        assert linear_probe(states, 10**12 * classes - 1, train) == expected  # no column for every number up to it
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_states_that_are_not_finite_have_no_score(bad: float) -> None:
+    states, train = torch.randn(8, 2), torch.arange(8) % 2 == 0
+    for row in (0, 1):
+        wrong = states.clone()
+        wrong[row, 0] = bad
+        assert math.isnan(linear_probe(wrong, torch.arange(8) % 3, train))
+        assert math.isnan(linear_probe(wrong, torch.rand(8, 1), train))
 
 
 @pytest.mark.parametrize("width", [5, 80])
