@@ -32,7 +32,7 @@ from benchmarks.proof.pages import (
 )
 from benchmarks.proof.prepare import PART, Workshop
 from benchmarks.proof.runner import Job, arms_of, choice_arms, read_lines, run_suites, stages_file
-from benchmarks.proof.statistics import compared, mean_of, recovered
+from benchmarks.proof.statistics import Comparison, compared, mean_of, recovered
 from benchmarks.proof.suites import SEARCHED, SUITES, TUNING_SEED, distinct
 from benchmarks.proof.symbols import FIRST_TOKENS, MOST_TOKENS, Curriculum, Lookup, PageCode
 from benchmarks.proof.words import IGNORE, Streams, Words, stream
@@ -207,6 +207,7 @@ def test_means_and_pairs_agree_with_scipy() -> None:
     assert found.verdict == "holds"
     assert compared(theirs, ours, ["a", "b"]).verdict == "the opposite holds"
     assert compared(ours, ours, ["a"]).verdict == "does not hold"
+    assert [Comparison(1.0, p, 4).verdict for p in (0.0499, 0.05)] == ["holds", "undecided"]
     shifted = [{**line, "test": {task: score - 0.1 for task, score in line["test"].items()}} for line in ours]
     found = compared(ours, shifted, ["a", "b"])  # equal up to rounding: nothing to test against
     assert (found.p, found.verdict) == (None, "undecided")

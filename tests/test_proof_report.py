@@ -96,6 +96,7 @@ def path(tmp_path: Path) -> Path:
         arm.name: {"prefill": [1.0, 1.25 if arm.layers else 1.0, 1.5], "forward": [0.5, 1.0, 2.0]}
         for arm in [POOLED, *(arm for arms in SUITES.values() for arm in arms)]
     }
+    times["pooled 1/9"]["prefill"] = [0.4, 0.5, 0.6]
     absorbed = {absorbed_name("pooled 1/4 + VR"): {"prefill": [1.0, 1.125, 1.5]}}
     times_file(file).write_text(json.dumps({"times": {**times, **absorbed, "FastV 1/4": {"forward": [1.4, 1.5, 1.6]}}}))
     for arm in arms_of(SUITES, LEVEL, file):
@@ -229,6 +230,8 @@ def test_what_comes_back_is_reported_with_its_price(results: Results) -> None:
         shares.append(100 * (mine - low) / (high - low))
     assert found["won back, %"].split(" ± ")[0] == f"{statistics.fmean(shares):.1f}"
     assert (found["prefill, to pooled"], found["absorbed"]) == ("1.25", "1.12")
+    # to what is pooled at the same ratio, which has a time of its own
+    assert row_of(recovery_rows(results), "1/9")["prefill, to pooled"] == "2.50"
 
 
 def test_claims_are_decided_by_the_lines(results: Results) -> None:
