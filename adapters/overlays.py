@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -65,8 +66,11 @@ def region_attention(model: nn.Module, inputs: Mapping[str, Any], layer: int) ->
             "attach 'sela' or 'global'"
         )
     found: list[RegionAttention] = []
+    thread = threading.get_ident()
 
     def look(module: nn.Module, args: tuple[Tensor, Any], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != thread:  # the model may run elsewhere meanwhile, on other images
+            return
         grids = {name: kwargs[name] for name in ("token_grid", "feature_grid")}
         weights = interaction.attention_weights(*args, **grids)
         found.append(RegionAttention(weights, **grids, window=getattr(interaction, "window", None)))
@@ -87,8 +91,9 @@ def forgetting_curve(
 ) -> ForgettingCurve:
     """What a linear probe reads off the vision tokens in front of each decoder layer, with and without the blocks.
 
-    Probes are fitted on the first, third, ... image and scored on the others; nothing is random. A curve that falls
-    shows what the decoder no longer keeps in a linear form, which is not all that it knows.
+    Probes are fitted on the first, third, ... image and scored on the others; nothing is random. The second of the two
+    passes has the blocks switched off, in every thread. A curve that falls shows what the decoder no longer keeps in a
+    linear form, which is not all that it knows.
 
     Args:
         model: a model that Vision Remember is attached to.
@@ -183,9 +188,11 @@ def _tokens(memories: tuple[VisionMemory, ...]) -> tuple[Tensor, Tensor, Tensor]
 def _vision_states(parts: HostParts, inputs: dict[str, Any], at: Tensor, held: Tensor) -> list[Tensor]:
     """(N, D) for each layer, what enters it at the vision tokens, and what leaves the last one."""
     states: list[Tensor] = []
+    thread = threading.get_ident()
 
     def keep(hidden: Tensor) -> None:
-        states.append(hidden[at.to(hidden.device)].cpu()[held])
+        if threading.get_ident() == thread:  # the model may run elsewhere meanwhile, on other images
+            states.append(hidden[at.to(hidden.device)].cpu()[held])
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(args[0] if args else kwargs["hidden_states"])

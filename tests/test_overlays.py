@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -245,6 +247,31 @@ def test_the_curve_is_that_of_the_hidden_states() -> None:
     assert (found.score, found.fitted, found.tested) == ("r2", 128, 64)
     assert torch.equal(found.remembered[0], found.plain[0])
     assert not torch.isclose(found.remembered[1:], found.plain[1:], atol=1e-4).any()
+
+
+def test_passes_of_other_threads_are_left_alone_and_not_read() -> None:
+    model, handle, inputs = attached()
+    other, here = batch(model, (1, 1), seed=3), threading.get_ident()
+    (look,), curve = region_attention(model, inputs, 1), forgetting_curve(model, inputs)
+    with torch.no_grad():
+        expected = {True: model(**other).logits}
+        with handle.disabled():
+            expected[False] = model(**other).logits
+    seen = []
+
+    def beside(*_: object) -> None:
+        if threading.get_ident() == here:
+            with ThreadPoolExecutor(1) as pool:
+                seen.append(pool.submit(model, **other).result().logits)
+
+    with model.model.language_model.layers[0].register_forward_pre_hook(beside):
+        (found,) = region_attention(model, inputs, 1)
+        again = forgetting_curve(model, inputs)
+    assert torch.equal(found.weights, look.weights)
+    assert torch.equal(again.remembered, curve.remembered)
+    assert torch.equal(again.plain, curve.plain)
+    for logits, enabled in zip(seen, (True, True, False), strict=True):
+        torch.testing.assert_close(logits, expected[enabled], rtol=1e-3, atol=1e-3)
 
 
 def test_fresh_blocks_forget_and_remember_nothing() -> None:
