@@ -52,10 +52,11 @@ def region_attention(model: nn.Module, inputs: Mapping[str, Any], layer: int) ->
         One for each size of tiles, so usually one; its tiles are those of all images in order.
 
     Raises:
-        ValueError: a layer without a block, an interaction without attention weights, or inputs without images.
+        ValueError: a layer without a block, an interaction without attention weights, blocks that are switched off, or
+            inputs without images.
         RuntimeError: nothing is attached.
     """
-    attachment = _attachment(model)
+    attachment = _switched_on(model)
     blocks = attachment.blocks()
     if layer not in blocks:
         raise ValueError(f"layer={layer}: blocks stand in front of layers {sorted(blocks)}")
@@ -107,10 +108,10 @@ def forgetting_curve(
         ridge: see :func:`vision_remember.analysis.linear_probe`.
 
     Raises:
-        ValueError: fewer than two images, or a target that does not fit.
+        ValueError: fewer than two images, a target that does not fit, or blocks that are switched off.
         RuntimeError: nothing is attached.
     """
-    attachment = _attachment(model)
+    attachment = _switched_on(model)
     parts = resolve(model, attachment.spec)
     inputs = _without_labels(inputs)
     memories = _memories(parts, attachment, inputs)
@@ -148,6 +149,13 @@ def _attachment(model: nn.Module) -> Attachment:
             f"no Vision Remember is attached to this {type(model).__name__}: attach_vision_remember(model) first, "
             "which changes no output"
         )
+    return attachment
+
+
+def _switched_on(model: nn.Module) -> Attachment:
+    attachment = _attachment(model)
+    if not attachment.enabled:
+        raise ValueError("the blocks are switched off: ask outside of `with handle.disabled()`")
     return attachment
 
 

@@ -114,6 +114,9 @@ def test_maps_need_saliency_images_and_an_attachment() -> None:
         region_attention(model, {"input_ids": torch.tensor([[5, 6]])}, 1)
     with pytest.raises(ValueError, match=r"layer=2: blocks stand in front of layers \[1, 3\]"):
         region_attention(model, inputs, 2)
+    for look in (forgetting_curve, lambda model, inputs: region_attention(model, inputs, 1)):
+        with handle.disabled(), pytest.raises(ValueError, match="the blocks are switched off"):
+            look(model, inputs)
     handle.detach()
     for ask in (saliency_map, forgetting_curve):
         with pytest.raises(RuntimeError, match="no Vision Remember is attached"):
