@@ -191,6 +191,15 @@ def test_tiles_that_are_images_to_the_host_are_shown_one_by_one(tmp_path: Path) 
         _of_one_picture(sizes)
 
 
+@pytest.mark.parametrize(("window", "numbered"), [(1, True), (2, True), (3, False)])
+def test_numbers_are_spoken_of_where_they_are_drawn(window: int, numbered: bool, tmp_path: Path) -> None:
+    model, processor, _ = pooled(window=window)
+    write_report(model, processor, picture(), QUESTION, tmp_path / "page.html", token=(0, 0), max_new_tokens=1)
+    page = (tmp_path / "page.html").read_text()
+    assert "Each head is drawn by itself" in page
+    assert ("the numbers of a head add up" in page) == numbered
+
+
 @pytest.mark.parametrize(
     ("options", "missing"),
     [
