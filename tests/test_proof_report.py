@@ -313,6 +313,11 @@ def test_the_command_writes_page_and_figures(path: Path, tmp_path: Path, monkeyp
     assert pictures == {"proof_pareto.png", "proof_density.png", "proof_forgetting.png"}
 
 
+def test_a_file_without_lines_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lines\.jsonl has no lines: no run has ended yet"):
+        Results(tmp_path / "lines.jsonl", LEVEL)
+
+
 def test_a_page_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="once each"):
         report.updated("nothing here", "part")

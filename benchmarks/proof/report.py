@@ -65,11 +65,16 @@ class Results:
     Args:
         path: The file. Suites that it lacks have no lines; table 4b has no arms before all its rates are tried.
         level: Its level.
+
+    Raises:
+        ValueError: a file without lines.
     """
 
     def __init__(self, path: Path, level: Level) -> None:
         self.path, self.level = path, level
         self.lines = read_lines(path)
+        if not self.lines:
+            raise ValueError(f"{path} has no lines: no run has ended yet")
         times = times_file(path)
         self.times: dict[str, Any] = json.loads(times.read_text(encoding="utf-8"))["times"] if times.exists() else {}
         self.stages: dict[str, Any] = json.loads(stages_file(path).read_text(encoding="utf-8"))
