@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -51,10 +52,11 @@ def region_attention(model: nn.Module, inputs: Mapping[str, Any], layer: int) ->
         One for each size of tiles, so usually one; its tiles are those of all images in order.
 
     Raises:
-        ValueError: a layer without a block, an interaction without attention weights, or inputs without images.
+        ValueError: a layer without a block, an interaction without attention weights, blocks that are switched off, or
+            inputs without images.
         RuntimeError: nothing is attached.
     """
-    attachment = _attachment(model)
+    attachment = _switched_on(model)
     blocks = attachment.blocks()
     if layer not in blocks:
         raise ValueError(f"layer={layer}: blocks stand in front of layers {sorted(blocks)}")
@@ -65,8 +67,11 @@ def region_attention(model: nn.Module, inputs: Mapping[str, Any], layer: int) ->
             "attach 'sela' or 'global'"
         )
     found: list[RegionAttention] = []
+    thread = threading.get_ident()
 
     def look(module: nn.Module, args: tuple[Tensor, Any], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != thread:  # the model may run elsewhere meanwhile, on other images
+            return
         grids = {name: kwargs[name] for name in ("token_grid", "feature_grid")}
         weights = interaction.attention_weights(*args, **grids)
         found.append(RegionAttention(weights, **grids, window=getattr(interaction, "window", None)))
@@ -87,8 +92,9 @@ def forgetting_curve(
 ) -> ForgettingCurve:
     """What a linear probe reads off the vision tokens in front of each decoder layer, with and without the blocks.
 
-    Probes are fitted on the first, third, ... image and scored on the others; nothing is random. A curve that falls
-    shows what the decoder no longer keeps in a linear form, which is not all that it knows.
+    Probes are fitted on the first, third, ... image and scored on the others; nothing is random. The second of the two
+    passes has the blocks switched off, in every thread. A curve that falls shows what the decoder no longer keeps in a
+    linear form, which is not all that it knows.
 
     Args:
         model: a model that Vision Remember is attached to.
@@ -102,10 +108,10 @@ def forgetting_curve(
         ridge: see :func:`vision_remember.analysis.linear_probe`.
 
     Raises:
-        ValueError: fewer than two images, or a target that does not fit.
+        ValueError: fewer than two images, a target that does not fit, or blocks that are switched off.
         RuntimeError: nothing is attached.
     """
-    attachment = _attachment(model)
+    attachment = _switched_on(model)
     parts = resolve(model, attachment.spec)
     inputs = _without_labels(inputs)
     memories = _memories(parts, attachment, inputs)
@@ -146,6 +152,13 @@ def _attachment(model: nn.Module) -> Attachment:
     return attachment
 
 
+def _switched_on(model: nn.Module) -> Attachment:
+    attachment = _attachment(model)
+    if not attachment.enabled:
+        raise ValueError("the blocks are switched off: ask outside of `with handle.disabled()`")
+    return attachment
+
+
 def _without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name != "labels"}
 
@@ -183,9 +196,11 @@ def _tokens(memories: tuple[VisionMemory, ...]) -> tuple[Tensor, Tensor, Tensor]
 def _vision_states(parts: HostParts, inputs: dict[str, Any], at: Tensor, held: Tensor) -> list[Tensor]:
     """(N, D) for each layer, what enters it at the vision tokens, and what leaves the last one."""
     states: list[Tensor] = []
+    thread = threading.get_ident()
 
     def keep(hidden: Tensor) -> None:
-        states.append(hidden[at.to(hidden.device)].cpu()[held])
+        if threading.get_ident() == thread:  # the model may run elsewhere meanwhile, on other images
+            states.append(hidden[at.to(hidden.device)].cpu()[held])
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(args[0] if args else kwargs["hidden_states"])

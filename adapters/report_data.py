@@ -112,7 +112,7 @@ def make_report(
     notes: dict[str, str] = {}
     saliency = density = plain_density = None
     try:
-        (saliency,) = saliency_map(model, inputs)
+        saliency = _of_one_picture(saliency_map(model, inputs))
     except ValueError as error:
         notes["saliency"] = str(error)
     looks: dict[int, RegionAttention] = {}
@@ -148,6 +148,19 @@ def make_report(
         plain_density=plain_density,
         notes=notes,
     )
+
+
+def _of_one_picture(maps: tuple[SaliencyMap, ...]) -> SaliencyMap:
+    """The maps of one picture as one: to some hosts each tile that their processor cuts is an image of its own.
+
+    Raises:
+        ValueError: tiles of several sizes.
+    """
+    if len(maps) == 1:
+        return maps[0]
+    if len({tuple(tiles.tiles.shape[1:]) for tiles in maps}) > 1:
+        raise ValueError(f"the processor cuts the picture into {len(maps)} tiles, which are not of one size")
+    return SaliencyMap(torch.cat([tiles.tiles for tiles in maps]), None)
 
 
 def _check_token(token: Grid, grid: Grid | None) -> None:
@@ -202,7 +215,7 @@ def _tiles_seen(
     images = getattr(processor, "image_processor", processor)
     mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
     colours = tiles.float().cpu()
-    if mean is not None and std is not None:
+    if getattr(images, "do_normalize", True) and mean is not None and std is not None:
         colours = colours * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     bytes_ = (colours.clamp(0, 1) * 255).round().to(torch.uint8)
     return tuple(tile.permute(1, 2, 0).numpy() for tile in bytes_)

@@ -48,6 +48,8 @@ STYLE: dict[str, Any] = {
 _WIDTH, _DPI = 9.6, 144
 _COLUMNS = 8
 """Heads, or tiles, beside each other."""
+_NUMBERED = 16
+"""Cells of the largest region whose weights are written into it."""
 
 
 def rendered(report: Report) -> str:
@@ -64,6 +66,7 @@ def rendered(report: Report) -> str:
         images=images,
         heads={layer: look.weights.shape[1] for layer, look in report.looks.items()},
         local=all(look.window is not None for look in report.looks.values()),
+        numbered=all(look.in_region(0, *report.token)[0].numel() <= _NUMBERED for look in report.looks.values()),
         date=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
         versions={
             "vision-remember": vision_remember.__version__,
@@ -163,7 +166,7 @@ def _look_figure(report: Report, look: RegionAttention) -> str:
         if under is not None:
             axes.imshow(under, extent=(0, columns, rows, 0))
         axes.imshow(weight, extent=(0, columns, rows, 0), cmap="Greens", vmin=0, vmax=1, alpha=0.6)
-        if rows * columns <= 16:
+        if rows * columns <= _NUMBERED:
             for y, x in np.ndindex(rows, columns):
                 axes.text(x + 0.5, y + 0.5, f"{weight[y, x]:.0%}", ha="center", va="center", fontsize=7)
         axes.set_title(f"head {head}", fontsize=7, pad=2)

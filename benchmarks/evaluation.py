@@ -135,6 +135,8 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """All that can be wrong is looked at before the model is loaded."""
     benchmarks = choose(arguments.tasks)
     output: Path = arguments.output
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder: name a file for --output")
     if output.exists() and not arguments.overwrite:
         raise FileExistsError(f"{output} is there already: name another --output, or pass --overwrite")
     baseline = None if arguments.baseline is None else result_file.read(arguments.baseline)

@@ -71,6 +71,10 @@ def test_queries_are_averaged_and_those_that_see_nothing_of_the_group_left_out()
 def test_shapes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match=r"group \(1, 5\)"):
         density(uniform(CAUSAL), GROUP[:, :5], CAUSAL)
+    with pytest.raises(ValueError, match=r"queries \(1, 1\)"):  # which would broadcast
+        density(uniform(CAUSAL), GROUP, CAUSAL, queries=torch.ones(1, 1).bool())
+    with pytest.raises(ValueError, match=r"tokens \(1, 5\)"):
+        density(uniform(CAUSAL), GROUP, CAUSAL, tokens=GROUP[:, :5], causal_correction=False)
     with pytest.raises(ValueError, match=r"tokens \(1, 5\)"):
         token_groups(GROUP, GROUP[:, :5])
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -111,6 +114,9 @@ def test_maps_need_saliency_images_and_an_attachment() -> None:
         region_attention(model, {"input_ids": torch.tensor([[5, 6]])}, 1)
     with pytest.raises(ValueError, match=r"layer=2: blocks stand in front of layers \[1, 3\]"):
         region_attention(model, inputs, 2)
+    for look in (forgetting_curve, lambda model, inputs: region_attention(model, inputs, 1)):
+        with handle.disabled(), pytest.raises(ValueError, match="the blocks are switched off"):
+            look(model, inputs)
     handle.detach()
     for ask in (saliency_map, forgetting_curve):
         with pytest.raises(RuntimeError, match="no Vision Remember is attached"):
@@ -174,6 +180,28 @@ def test_a_probe_reads_what_is_there_and_nothing_else() -> None:
     assert linear_probe(states, classes[torch.randperm(300, generator=generator)], train) < 0.45
 
 
+@pytest.mark.parametrize("number", [torch.int16, torch.uint8, torch.bool, torch.int64])
+def test_classes_are_whole_numbers_of_any_kind(number: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(80, 6, generator=generator)
+    classes, train = (states[:, 0] > 0).long(), torch.arange(80) % 2 == 0
+    expected = linear_probe(states, classes, train)
+    assert 0.8 < expected < 1
+    assert linear_probe(states, classes.to(number), train) == expected
+    if number == torch.int64:
+        assert linear_probe(states, 10**12 * classes - 1, train) == expected  # no column for every number up to it
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_states_that_are_not_finite_have_no_score(bad: float) -> None:
+    states, train = torch.randn(8, 2), torch.arange(8) % 2 == 0
+    for row in (0, 1):
+        wrong = states.clone()
+        wrong[row, 0] = bad
+        assert math.isnan(linear_probe(wrong, torch.arange(8) % 3, train))
+        assert math.isnan(linear_probe(wrong, torch.rand(8, 1), train))
+
+
 @pytest.mark.parametrize("width", [5, 80])
 def test_a_probe_is_ridge_regression(width: int) -> None:
     """Least squares with the penalty as rows of their own, for few and for many channels; one channel is constant."""
@@ -222,6 +250,31 @@ def test_the_curve_is_that_of_the_hidden_states() -> None:
     assert (found.score, found.fitted, found.tested) == ("r2", 128, 64)
     assert torch.equal(found.remembered[0], found.plain[0])
     assert not torch.isclose(found.remembered[1:], found.plain[1:], atol=1e-4).any()
+
+
+def test_passes_of_other_threads_are_left_alone_and_not_read() -> None:
+    model, handle, inputs = attached()
+    other, here = batch(model, (1, 1), seed=3), threading.get_ident()
+    (look,), curve = region_attention(model, inputs, 1), forgetting_curve(model, inputs)
+    with torch.no_grad():
+        expected = {True: model(**other).logits}
+        with handle.disabled():
+            expected[False] = model(**other).logits
+    seen = []
+
+    def beside(*_: object) -> None:
+        if threading.get_ident() == here:
+            with ThreadPoolExecutor(1) as pool:
+                seen.append(pool.submit(model, **other).result().logits)
+
+    with model.model.language_model.layers[0].register_forward_pre_hook(beside):
+        (found,) = region_attention(model, inputs, 1)
+        again = forgetting_curve(model, inputs)
+    assert torch.equal(found.weights, look.weights)
+    assert torch.equal(again.remembered, curve.remembered)
+    assert torch.equal(again.plain, curve.plain)
+    for logits, enabled in zip(seen, (True, True, False), strict=True):
+        torch.testing.assert_close(logits, expected[enabled], rtol=1e-3, atol=1e-3)
 
 
 def test_fresh_blocks_forget_and_remember_nothing() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,8 @@ from benchmarks.proof.pages import (
     task_names,
 )
 from benchmarks.proof.prepare import PART, Workshop
-from benchmarks.proof.runner import Job, arms_of, read_lines, run_suites, stages_file
-from benchmarks.proof.statistics import compared, mean_of, recovered
+from benchmarks.proof.runner import Job, arms_of, choice_arms, read_lines, run_suites, stages_file
+from benchmarks.proof.statistics import Comparison, compared, mean_of, recovered
 from benchmarks.proof.suites import SEARCHED, SUITES, TUNING_SEED, distinct
 from benchmarks.proof.symbols import FIRST_TOKENS, MOST_TOKENS, Curriculum, Lookup, PageCode
 from benchmarks.proof.words import IGNORE, Streams, Words, stream
@@ -205,6 +207,7 @@ def test_means_and_pairs_agree_with_scipy() -> None:
     assert found.verdict == "holds"
     assert compared(theirs, ours, ["a", "b"]).verdict == "the opposite holds"
     assert compared(ours, ours, ["a"]).verdict == "does not hold"
+    assert [Comparison(1.0, p, 4).verdict for p in (0.0499, 0.05)] == ["holds", "undecided"]
     shifted = [{**line, "test": {task: score - 0.1 for task, score in line["test"].items()}} for line in ours]
     found = compared(ours, shifted, ["a", "b"])  # equal up to rounding: nothing to test against
     assert (found.p, found.verdict) == (None, "undecided")
@@ -231,7 +234,11 @@ def test_what_is_won_back_is_a_share_of_what_was_lost() -> None:
     def arm(accuracy: float) -> list[dict[str, Any]]:
         return [{"seed": 0, "test": {"a": accuracy}}]
 
-    assert recovered(arm(0.8), arm(0.4), arm(0.9), ["a"]).value == pytest.approx(80)
+    found = recovered(arm(0.8), arm(0.4), arm(0.9), ["a"])
+    assert found is not None
+    assert found.value == pytest.approx(80)
+    assert recovered(arm(0.8), arm(0.9), arm(0.9), ["a"]) is None  # of nothing there is no share
+    assert recovered(arm(0.8), arm(0.4), [{"seed": 1, "test": {"a": 0.9}}], ["a"]) is None
 
 
 def test_the_gpu_level_has_the_paper_geometry() -> None:
@@ -254,7 +261,10 @@ def test_a_run_that_was_cut_off_goes_on_and_is_reported(tmp_path: Path) -> None:
     assert len(first) == 8
 
     text = results.read_text().splitlines(keepends=True)
-    results.write_text("".join(text[:-1]) + text[-1][:40])  # killed in the middle of a line
+    cut = "".join(text[:-1]) + text[-1][:40]  # killed in the middle of a line
+    results.write_text(cut)
+    assert report.Results(results, LEVEL).lines == first[:-1]
+    assert results.read_text() == cut  # a report changes nothing: a process may be about to write the rest
     run_suites(["controls"], range(2), LEVEL, cache, results, 1)
     again = read_lines(results)
     assert again[:-1] == first[:-1]
@@ -266,7 +276,7 @@ def test_a_run_that_was_cut_off_goes_on_and_is_reported(tmp_path: Path) -> None:
 
     page = tmp_path / "proof.md"
     page.write_text(f"# Proof\n\n{report.BEGIN}\n{report.END}\n")
-    found = report.Results(results, LEVEL, tuned=False)
+    found = report.Results(results, LEVEL)
     part = report.written_part(found)
     page.write_text(report.updated(page.read_text(), part))
     assert report.updated(page.read_text(), part) == page.read_text()
@@ -309,6 +319,36 @@ def test_a_run_that_fails_takes_no_other_with_it(tmp_path: Path, monkeypatch: py
     with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="1 of 4 runs failed: pooled, seed 0"):
         runner._run_jobs(jobs, LEVEL, tmp_path, results, pool)
     assert {line["key"] for line in read_lines(results)} == {job.key(LEVEL) for job in jobs[1:]}
+
+
+def test_runs_that_wait_are_given_up_when_the_proof_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    let_go = threading.Event()
+
+    def one(job: Job, level: Level, folder: Path) -> dict[str, Any]:
+        begun.append(job.spec.name)
+        let_go.wait(60)
+        return {}
+
+    def interrupted(futures: Iterable[Future[Any]]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run_job", one)
+    monkeypatch.setattr(runner, "as_completed", interrupted)
+    jobs = [Job(arm, 0) for arm in SUITES["controls"]]
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(KeyboardInterrupt):
+            runner._run_jobs(jobs, LEVEL, tmp_path, tmp_path / "lines.jsonl", pool)
+        let_go.set()
+    assert begun in ([], ["pooled"])
+
+
+def test_what_two_suites_try_is_tried_once() -> None:
+    names = [Job(arm, TUNING_SEED).key(LEVEL) for arm in choice_arms(SUITES, LEVEL)]
+    assert len(set(names)) == len(names)
+    assert len(names) < sum(len(choice_arms([suite], LEVEL)) for suite in SUITES)
 
 
 def test_committed_results_are_those_of_the_level_as_it_is() -> None:

@@ -97,6 +97,7 @@ def path(tmp_path: Path) -> Path:
         arm.name: {"prefill": [1.0, 1.25 if arm.layers else 1.0, 1.5], "forward": [0.5, 1.0, 2.0]}
         for arm in [POOLED, *(arm for arms in SUITES.values() for arm in arms)]
     }
+    times["pooled 1/9"]["prefill"] = [0.4, 0.5, 0.6]
     absorbed = {absorbed_name("pooled 1/4 + VR"): {"prefill": [1.0, 1.125, 1.5]}}
     times_file(file).write_text(json.dumps({"times": {**times, **absorbed, "FastV 1/4": {"forward": [1.4, 1.5, 1.6]}}}))
     for arm in arms_of(SUITES, LEVEL, file):
@@ -230,6 +231,8 @@ def test_what_comes_back_is_reported_with_its_price(results: Results) -> None:
         shares.append(100 * (mine - low) / (high - low))
     assert found["won back, %"].split(" ± ")[0] == f"{statistics.fmean(shares):.1f}"
     assert (found["prefill, to pooled"], found["absorbed"]) == ("1.25", "1.12")
+    # to what is pooled at the same ratio, which has a time of its own
+    assert row_of(recovery_rows(results), "1/9")["prefill, to pooled"] == "2.50"
 
 
 def test_claims_are_decided_by_the_lines(results: Results) -> None:
@@ -258,6 +261,21 @@ def test_a_claim_that_fails_is_reported_as_failed(path: Path) -> None:
     assert found["difference, points"].startswith("-")
 
 
+@pytest.mark.parametrize("rates", [0, 2])
+def test_a_file_that_lacks_rates_of_table_4b_is_reported_without_it(path: Path, rates: int) -> None:
+    keys = {Job(arm, seed).key(LEVEL) for arm in SUITES["table5a"] for seed in SEEDS}
+    keys |= {Job(arm, TUNING_SEED).key(LEVEL) for name in BEST for arm in tuning_arms(name, LEVEL)[:rates]}
+    kept = [one for one in read_lines(path) if one["key"] in keys]
+    path.write_text("".join(json.dumps(one) + "\n" for one in kept))
+    results = Results(path, LEVEL)
+    assert len(suite_table(results, "table4b")) == 2
+    assert len(suite_table(results, "table5a")) == 2 + len(SUITES["table5a"])
+    rows = claim_rows(results)
+    row_of(rows, "Pooling loses detail")
+    assert "SELA beats deformable attention" not in [cells(row)[0] for row in rows]
+    assert "| pooled 1/4 + VR |" in report.written_part(results)
+
+
 def test_pruners_stand_beside_the_arm_that_they_prune(results: Results) -> None:
     rows = pruned_rows(results)
     assert [cells(row)[0] for row in rows[2:]] == ["none", "FastV 1/4"]
@@ -268,7 +286,7 @@ def test_pruners_stand_beside_the_arm_that_they_prune(results: Results) -> None:
 
 def test_a_ratio_that_no_decoder_reads_is_named(path: Path) -> None:
     level = replace(LEVEL, reads_enough=0.95)
-    assert [cells(row)[-1] for row in stage_rows(Results(path, level, tuned=False))[2:]] == ["left out: below 95 %"] * 3
+    assert [cells(row)[-1] for row in stage_rows(Results(path, level))[2:]] == ["left out: below 95 %"] * 3
     assert [cells(row)[-1] for row in stage_rows(Results(path, LEVEL))[2:]] == ["run"] * 3
 
 
@@ -289,16 +307,21 @@ def test_more_steps_stand_beside_the_same_seeds(path: Path, tmp_path: Path) -> N
     lines = [{**line(arm, 1, 0.8), "key": Job(arm, 1).key(level)} for arm in arms[:-1]]
     more.write_text("".join(json.dumps(one) + "\n" for one in lines))
     stages_file(more).write_text(stages_file(path).read_text())
-    longer = Results(more, level, tuned=False)
+    longer = Results(more, level)
     rows = longer_rows(Results(path, LEVEL, seeds=longer.seeds), longer)
     assert [cells(row)[0] for row in rows[2:]] == [arm.name for arm in arms[:-1]]
     row = row_of(rows, "pooled 1/4")
-    of_few, of_many = (Results(file, one, tuned=False, seeds=[1]) for file, one in ((path, LEVEL), (more, level)))
+    of_few, of_many = (Results(file, one, seeds=[1]) for file, one in ((path, LEVEL), (more, level)))
     assert row[f"{DETAIL}, 3 steps"] == f"{detail_of('pooled 1/4', 1):.1f}"
     assert row["mean, 3 steps"] == str(of_few.mean("pooled 1/4"))
     assert float(row[f"{DETAIL}, 7 steps"]) == pytest.approx(80, abs=1.3)
     assert float(row["mean, 7 steps"]) == pytest.approx(of_many.mean("pooled 1/4").value, abs=0.05)
-    assert "longer.jsonl#L1)" in row["lines, 7 steps"]
+    assert row["won back, %, 3 steps"] == "–"
+    none, bag, mine = (detail_of(name, 1) for name in ("no compression", "pooled 1/4", "pooled 1/4 + VR"))
+    share = row_of(rows, "pooled 1/4 + VR")["won back, %, 3 steps"]
+    assert share == f"{100 * (mine - bag) / (none - bag):.1f}"
+    number = 1 + [arm.name for arm in arms].index("pooled 1/4")
+    assert f"longer.jsonl#L{number})" in row["lines, 7 steps"]
     assert "lines.jsonl#L" in row["lines, 3 steps"]
     assert "[0]" not in row["lines, 3 steps"]
     page = report.written_part(Results(path, LEVEL), longer)
@@ -317,6 +340,11 @@ def test_the_command_writes_page_and_figures(path: Path, tmp_path: Path, monkeyp
     assert all(f"## {title}" in text for title in report.TITLES.values())
     pictures = {picture.name for picture in (tmp_path / "images").iterdir() if picture.stat().st_size > 5000}
     assert pictures == {"proof_pareto.png", "proof_density.png", "proof_forgetting.png"}
+
+
+def test_a_file_without_lines_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lines\.jsonl has no lines: no run has ended yet"):
+        Results(tmp_path / "lines.jsonl", LEVEL)
 
 
 def test_a_page_without_markers_is_refused() -> None:

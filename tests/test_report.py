@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from tests.fingerprint import Fingerprint
-from tests.hosts import build_llava, image_side, randomise
+from tests.hosts import IMAGE_TOKEN, build_llava, image_side, randomise
 from tests.processors import llava_processor, tokenizer
 from tests.test_tiled_hosts import build
 from vision_remember import (
@@ -28,8 +28,9 @@ from vision_remember import (
 )
 from vision_remember.adapters.prompts import prompt_inputs
 from vision_remember.adapters.report import write_report
-from vision_remember.adapters.report_data import make_report
+from vision_remember.adapters.report_data import _of_one_picture, make_report
 from vision_remember.adapters.report_page import _bounds
+from vision_remember.analysis import SaliencyMap
 
 QUESTION = "w3 w4 <b>"
 
@@ -105,6 +106,10 @@ def test_a_tile_is_shown_as_the_encoder_saw_it(trained: Any) -> None:
     model, processor, _ = trained
     (tile,) = make_report(model, processor, picture(), QUESTION, max_new_tokens=1).tiles
     assert np.abs(tile.astype(int) - np.asarray(picture()).astype(int)).max() <= 1
+    processor.image_processor.do_normalize = False
+    (tile,) = make_report(model, processor, picture(), QUESTION, max_new_tokens=1).tiles
+    assert np.abs(tile.astype(int) - np.asarray(picture()).astype(int)).max() <= 1
+    processor.image_processor.do_normalize = True
     # CLIP's processor crops to the middle: of a wide picture the encoder sees no borders
     wide = Image.new("RGB", (96, 32), "red")
     wide.paste(picture(), (32, 0))
@@ -157,6 +162,42 @@ def test_tiles_are_shown_one_by_one_and_stitched(tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text()
     assert "The encoder sees 5 tiles" in page
     assert len(links(page)) == 4  # the stitched map, the tiles, one layer, the density
+
+
+class Cutting:
+    """A processor that cuts a picture into three tiles, each of which is an image to the host (InternVL's, say)."""
+
+    image_token, chat_template, image_processor, tokenizer = "<image>", None, None, tokenizer()
+
+    def __call__(self, images: Any, text: Any, return_tensors: str) -> dict[str, torch.Tensor]:
+        pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        ids = torch.tensor([[IMAGE_TOKEN] * 16 * 3 + [3, 4]])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def test_tiles_that_are_images_to_the_host_are_shown_one_by_one(tmp_path: Path) -> None:
+    model, _, _ = pooled()
+    report = write_report(model, Cutting(), picture(96, 32), QUESTION, tmp_path / "page.html", max_new_tokens=1)
+    assert not report.notes
+    maps = saliency_map(model, Cutting()(None, None, "pt"))
+    assert report.saliency is not None
+    assert torch.equal(report.saliency.tiles, torch.cat([one.tiles for one in maps]))
+    assert len(report.tiles) == 3
+    page = (tmp_path / "page.html").read_text()
+    assert "The encoder sees 3 tiles" in page
+    assert "The model keeps them apart" in page
+    sizes = (SaliencyMap(torch.zeros(1, 2, 2), None), SaliencyMap(torch.zeros(1, 2, 3), None))
+    with pytest.raises(ValueError, match="2 tiles, which are not of one size"):
+        _of_one_picture(sizes)
+
+
+@pytest.mark.parametrize(("window", "numbered"), [(1, True), (2, True), (3, False)])
+def test_numbers_are_spoken_of_where_they_are_drawn(window: int, numbered: bool, tmp_path: Path) -> None:
+    model, processor, _ = pooled(window=window)
+    write_report(model, processor, picture(), QUESTION, tmp_path / "page.html", token=(0, 0), max_new_tokens=1)
+    page = (tmp_path / "page.html").read_text()
+    assert "Each head is drawn by itself" in page
+    assert ("the numbers of a head add up" in page) == numbered
 
 
 @pytest.mark.parametrize(

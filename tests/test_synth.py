@@ -131,10 +131,12 @@ def test_draws_are_the_same_everywhere() -> None:
     assert [draw.below(100) for _ in range(5)] == [26, 33, 78, 0, 92]
 
 
-def test_other_sizes() -> None:
-    scene = make_scene("characters", 0, grid=24, cell=14, level="fine")
-    assert scene.image.shape == (336, 336, 3)
-    assert scene.labels.shape == (24, 24)
+@pytest.mark.parametrize(("grid", "cell"), [(24, 14), (24, 28)])
+def test_other_sizes(grid: int, cell: int) -> None:
+    scene = make_scene("characters", 0, grid=grid, cell=cell, level="fine")
+    assert scene.image.shape == (grid * cell, grid * cell, 3)
+    assert scene.labels.shape == (grid, grid)
+    assert scene.image[-cell:, -cell:].std() > 1  # noise down to the last corner, which is empty paper
 
 
 def test_labels_are_a_closed_vocabulary() -> None:

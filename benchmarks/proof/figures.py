@@ -25,7 +25,6 @@ HIGHLIGHTED = {
     "pooled 1/4 + VR": (6, -12),
     "pooled 1/9": (5, 4),
     "1/4: saliency that takes nothing away": (-20, 10),
-    "1/9: two heads per cell, saliency that takes nothing away": (8, -3),
 }
 """Arms with a name in the plot, and where it stands."""
 

@@ -18,7 +18,7 @@ from .figures import density_figure, forgetting_figure, pareto_figure
 from .levels import CPU, LEVELS, LONG, Level
 from .longer import longer_rows
 from .pages import task_groups, task_names
-from .runner import Job, choosing_mean, read_lines, stages_file, suite_arms, validation_mean
+from .runner import Job, choosing_mean, is_tuned, read_lines, stages_file, suite_arms, validation_mean
 from .statistics import Mean, compared, mean_of, recovered
 from .suites import (
     INTERACTION_NAMES,
@@ -64,15 +64,19 @@ class Results:
     """The lines of a results file, by arm.
 
     Args:
-        path: The file.
+        path: The file. Suites that it lacks have no lines; table 4b has no arms before all its rates are tried.
         level: Its level.
-        tuned: Whether it holds the runs that table 4b's rates are chosen from.
         seeds: Which lines of arms count; None for all but those of choices.
+
+    Raises:
+        ValueError: a file without lines.
     """
 
-    def __init__(self, path: Path, level: Level, *, tuned: bool = True, seeds: Sequence[int] | None = None) -> None:
+    def __init__(self, path: Path, level: Level, *, seeds: Sequence[int] | None = None) -> None:
         self.path, self.level = path, level
         self.lines = read_lines(path)
+        if not self.lines:
+            raise ValueError(f"{path} has no lines: no run has ended yet")
         times = times_file(path)
         self.times: dict[str, Any] = json.loads(times.read_text(encoding="utf-8"))["times"] if times.exists() else {}
         self.stages: dict[str, Any] = json.loads(stages_file(path).read_text(encoding="utf-8"))
@@ -81,8 +85,9 @@ class Results:
         if seeds is None:
             seeds = sorted({line["seed"] for line in self.lines if line["seed"] < TUNING_SEED})
         known = {line["key"]: line for line in self.lines}
+        tuned = is_tuned(level, path)
         self.suites: dict[str, list[ArmSpec]] = {
-            name: suite_arms(name, level, path) if tuned else arms for name, arms in SUITES.items()
+            name: suite_arms(name, level, path) if tuned or name != "table4b" else [] for name in SUITES
         }
         for arm in (arm for arms in self.suites.values() for arm in arms):
             if arm.name not in self.by_arm:
@@ -214,7 +219,7 @@ def recovery_rows(results: Results) -> list[str]:
             times = [results.time(mine, "prefill", absorbed=absorbed) for absorbed in (False, True)]
             cells = [str(results.mean(name, DETAIL)) for name in (low, mine, high)]
             ratios = [_ratio(time and base and time / base) for time in times]
-            rows.append([title, *cells, str(share), *ratios])
+            rows.append([title, *cells, str(share or "–"), *ratios])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
@@ -328,7 +333,7 @@ def written_part(results: Results, longer: Results | None = None) -> str:
             parts += ["Validation accuracy by learning rate, from which the rates above were chosen:",
                       "\n".join(tuning_rows(results))]  # fmt: skip
     if longer is not None:
-        few = Results(results.path, results.level, tuned=False, seeds=longer.seeds)
+        few = Results(results.path, results.level, seeds=longer.seeds)
         parts += [f"## With {longer.level.arm.steps} steps, seeds {longer.seeds}", "\n".join(longer_rows(few, longer))]
     return "\n\n".join(parts)
 
@@ -355,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = options.results or ROOT / "benchmarks" / "results" / f"proof_{options.level}.jsonl"
     results = Results(path, LEVELS[options.level])
     more = path.with_name(f"proof_{LONG.name}.jsonl")
-    longer = Results(more, LONG, tuned=False) if results.level == CPU and more.exists() else None
+    longer = Results(more, LONG) if results.level == CPU and more.exists() else None
     part = written_part(results, longer)
     options.page.write_text(updated(options.page.read_text(encoding="utf-8"), part), encoding="utf-8")
     images = options.page.parent / "images"

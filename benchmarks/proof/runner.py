@@ -67,14 +67,17 @@ class Job:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a results file; one that was cut off in the middle by the end of a process is dropped from it."""
+    """The lines of a results file, without a last one that is cut off: a process ended there, or is still writing."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def drop_cut_line(path: Path) -> None:
+    """Takes a last line that was cut off in the middle out of a results file, which is about to grow."""
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
 def run_suites(
@@ -121,7 +124,7 @@ def run_suites(
                 tqdm.write(
                     f"1/{side**2} is left out: its decoder reads {accuracy:.1%} of new look-ups, not {least:.0%}"
                 )
-            choices = [Job(arm, TUNING_SEED) for name in names for arm in choice_arms(name, level)]
+            choices = [Job(arm, TUNING_SEED) for arm in choice_arms(names, level)]
             _run_jobs([job for job in choices if job.spec.cells in read], level, folder, results, pool)
             # Seed after seed, so that a run that is stopped has whole seeds.
             jobs = [Job(arm, seed) for seed in seeds for arm in arms_of(names, level, results)]
@@ -138,11 +141,13 @@ def run_suites(
         run(sides)
 
 
-def choice_arms(name: str, level: Level) -> list[ArmSpec]:
-    """What a suite tries with `TUNING_SEED` before it chooses some of its arms."""
-    if name == "table4b":
-        return [arm for interaction in INTERACTION_NAMES for arm in tuning_arms(interaction, level)]
-    return SEARCHED if name == "search" else []
+def choice_arms(names: Iterable[str], level: Level) -> list[ArmSpec]:
+    """The distinct arms that some suites try with `TUNING_SEED` before they choose some of their own."""
+    tried = {
+        "table4b": [arm for interaction in INTERACTION_NAMES for arm in tuning_arms(interaction, level)],
+        "search": SEARCHED,
+    }
+    return distinct([arm for name in names for arm in tried.get(name, ())])
 
 
 def note_stages(workshop: Workshop, sides: Iterable[int], path: Path) -> dict[str, Any]:
@@ -195,8 +200,18 @@ def chosen_arms(level: Level, results: Path) -> list[ArmSpec]:
     return distinct(arms)
 
 
+def is_tuned(level: Level, results: Path) -> bool:
+    """Whether all runs are there from which table 4b's rates are chosen."""
+    keys = {line["key"] for line in read_lines(results)}
+    return all(Job(arm, TUNING_SEED).key(level) in keys for arm in choice_arms(["table4b"], level))
+
+
 def tuned_arms(level: Level, results: Path) -> list[ArmSpec]:
-    """Table 4b's arms, each with the learning rate that did best on the validation pages."""
+    """Table 4b's arms, each with the learning rate that did best on the validation pages.
+
+    Raises:
+        ValueError: a rate that was not tried yet.
+    """
     lines = {line["key"]: line for line in read_lines(results)}
     arms = []
     for name in INTERACTION_NAMES:
@@ -221,22 +236,27 @@ def choosing_mean(line: Mapping[str, Any]) -> float:
 
 
 def _run_jobs(wanted: Sequence[Job], level: Level, folder: Path, results: Path, pool: Executor) -> None:
+    drop_cut_line(results)
     done = {line["key"] for line in read_lines(results)}
     left = [job for job in wanted if job.key(level) not in done]
     failed: dict[str, BaseException] = {}
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(left), desc="runs", dynamic_ncols=True)
     with bar, results.open("a", encoding="utf-8") as file:
         running = {pool.submit(run_job, job, level, folder): job for job in left}
-        for future in as_completed(running):
-            name = f"{running[future].spec.name}, seed {running[future].seed}"
-            if error := future.exception():  # the other runs do not suffer for it
-                failed[name] = error
-                tqdm.write(f"{name}: {type(error).__name__}: {error}")
-                continue
-            file.write(json.dumps(future.result()) + "\n")
-            file.flush()
-            bar.update()
-            bar.set_postfix_str(name)
+        try:
+            for future in as_completed(running):
+                name = f"{running[future].spec.name}, seed {running[future].seed}"
+                if error := future.exception():  # the other runs do not suffer for it
+                    failed[name] = error
+                    tqdm.write(f"{name}: {type(error).__name__}: {error}")
+                    continue
+                file.write(json.dumps(future.result()) + "\n")
+                file.flush()
+                bar.update()
+                bar.set_postfix_str(name)
+        finally:
+            for future in running:  # after Ctrl-C nobody would write down what is still waiting
+                future.cancel()
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(left)} runs failed: {'; '.join(failed)}") from next(
             iter(failed.values())

@@ -99,8 +99,10 @@ def compared(
     return Comparison(statistics.fmean(differences), p, len(differences), lost)
 
 
-def recovered(lines: Lines, pooled: Lines, whole: Lines, tasks: Sequence[str]) -> Mean:
+def recovered(lines: Lines, pooled: Lines, whole: Lines, tasks: Sequence[str]) -> Mean | None:
     """Share of what pooling loses on some tasks that an arm wins back, in per cent, over the seeds that all have.
+
+    None where they have no seed in common, or where pooling loses nothing in one.
 
     Args:
         lines: The arm's.
@@ -113,4 +115,6 @@ def recovered(lines: Lines, pooled: Lines, whole: Lines, tasks: Sequence[str]) -
         for arm in (lines, pooled, whole)
     )
     seeds = sorted(mine.keys() & low.keys() & high.keys())
+    if not seeds or any(high[seed] == low[seed] for seed in seeds):
+        return None
     return mean_of([100 * (mine[seed] - low[seed]) / (high[seed] - low[seed]) for seed in seeds])

@@ -172,6 +172,7 @@ def test_a_result_file_is_not_replaced_by_accident(
     ("arguments", "message"),
     [
         (["--tasks", "gqa,mme,sqa"], "unknown benchmark 'sqa'"),
+        (["--output", "{folder}", "--overwrite"], "is a folder: name a file for --output"),
         (["--limit", "0"], "limit=0: expected at least one document"),
         (["--limit", "3"], "limit=3: MME-P is scored in pairs of questions"),
         (["--baseline", "{folder}/nothing.json"], "nothing.json"),

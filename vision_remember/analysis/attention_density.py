@@ -118,6 +118,9 @@ def density(
             f"weights {tuple(weights.shape)}, group {tuple(group.shape)}, visible {tuple(visible.shape)}: expected "
             "(B, heads, Q, S), (B, S) and (B, Q, S)"
         )
+    for name, mask, shape in (("queries", queries, (samples, rows)), ("tokens", tokens, (samples, length))):
+        if mask is not None and mask.shape != shape:
+            raise ValueError(f"{name} {tuple(mask.shape)}: expected {shape}, as weights are {tuple(weights.shape)}")
     weights = weights.float() if weights.dtype.itemsize < 4 else weights
     attended = torch.einsum("bhqs,bs->bhq", weights, group.to(weights.dtype))
     if causal_correction:

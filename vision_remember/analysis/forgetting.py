@@ -36,12 +36,13 @@ def linear_probe(states: Tensor, targets: Tensor, train: Tensor, *, ridge: float
 
     Args:
         states: (N, D).
-        targets: (N,) whole numbers, classes, fitted as one-hot vectors; or (N, K) real numbers.
+        targets: (N,) whole numbers of any kind, classes, fitted as one-hot vectors; or (N, K) real numbers.
         train: (N,) bool, the rows to fit on; the others are scored.
         ridge: strength of the penalty, above 0.
 
     Returns:
-        Accuracy for classes. R2 for numbers, all columns together; NaN if the scored targets are constant.
+        Accuracy for classes. R2 for numbers, all columns together; NaN if the scored targets are constant. NaN if the
+        states are not finite.
 
     Raises:
         ValueError: shapes that do not fit, no row on one side, a ridge that is not positive.
@@ -61,6 +62,8 @@ def linear_probe(states: Tensor, targets: Tensor, train: Tensor, *, ridge: float
         raise ValueError(
             f"{int(train.sum())} of {len(train)} rows are for fitting: expected some, and some to score on"
         )
+    if classes:  # numbered anew: one column for each that there is
+        targets = targets.unique(return_inverse=True)[1]
     x, y = states.double(), torch.nn.functional.one_hot(targets).double() if classes else targets.double()
     mean, spread = x[train].mean(0), x[train].std(0, unbiased=False)
     # A channel that never changes says nothing.
@@ -75,6 +78,8 @@ def linear_probe(states: Tensor, targets: Tensor, train: Tensor, *, ridge: float
         gram = fitted @ fitted.T + ridge * count * torch.eye(count, dtype=x.dtype, device=x.device)
         weights = fitted.T @ torch.linalg.solve(gram, wanted)
     found = x[~train] @ weights + centre
+    if not found.isfinite().all():
+        return float("nan")
     if classes:
         return float((found.argmax(-1) == targets[~train]).double().mean())
     truth = y[~train]

@@ -78,6 +78,6 @@ def render(page: Page, draw: Draw) -> NDArray[np.uint8]:
     canvas = (mixed // 255).astype(np.int16)
     _paste_handwriting(page, canvas, ink, draw)
 
-    start = draw.below(_BANK - canvas.size)
-    canvas += _noise()[start : start + canvas.size].reshape(canvas.shape)
+    start = draw.below(max(1, _BANK - canvas.size))
+    canvas += np.resize(_noise()[start : start + canvas.size], canvas.shape)  # a page past the strip has it again
     return canvas.clip(0, 255).astype(np.uint8)
