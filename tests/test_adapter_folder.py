@@ -86,6 +86,34 @@ def test_saving_again_replaces_the_files(folder: Path) -> None:
     assert len(list(folder.iterdir())) == 3
 
 
+def test_a_folder_that_exists_is_written_to_from_within(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a mount, or a link to one: nothing can be renamed into it from beside, where nobody may write."""
+    rename, make = os.replace, os.mkdir
+
+    def within(source: Any, target: Any) -> None:
+        if folder not in Path(source).parents:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target)
+
+    def beside(path: Any, *arguments: Any, **options: Any) -> None:
+        if Path(path).parent == folder.parent and Path(path) != folder:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        make(path, *arguments, **options)
+
+    handle = trained()[1]
+    monkeypatch.setattr(os, "replace", within)
+    monkeypatch.setattr(os, "mkdir", beside)
+    handle.save_pretrained(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", CONFIG, WEIGHTS]
+
+
+def test_all_files_have_the_usual_permissions(folder: Path) -> None:
+    plain = folder.parent / "plain"
+    plain.touch()
+    trained()[1].save_pretrained(folder)
+    assert {path.stat().st_mode for path in folder.iterdir()} == {plain.stat().st_mode}
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=str)
 def test_a_write_that_fails_leaves_the_last_good_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
