@@ -20,6 +20,7 @@ from tests.fingerprint import Fingerprint
 from tests.hosts import PAIRINGS, batch, build_llava, image_side, randomise
 from tests.processors import llava_processor
 from vision_remember import attach_vision_remember, compress_projector, load_vision_remember
+from vision_remember.adapters.load import restore_vision_remember
 
 PROJECTOR = "multi_modal_projector"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -300,6 +301,33 @@ def test_loading_onto_an_attached_model_is_refused(folder: Path) -> None:
     model, processor = fresh()
     attach_vision_remember(model, [1])
     refused(folder, "attached to this model already", RuntimeError, host=(model, processor))
+
+
+@pytest.mark.parametrize(
+    ("window", "activation", "message"),
+    [
+        (1, "gelu", None),
+        (2, "gelu", r"has VisionRememberConfig\(.* but attached is VisionRememberConfig\("),
+        (1, "gelu_tanh", "has the projector {.*'act': 'gelu', .*}, but the model has {.*'act': 'gelu_tanh'"),
+    ],
+)
+def test_weights_go_back_into_what_they_came_from_and_into_nothing_else(
+    folder: Path, window: int, activation: str, message: str | None
+) -> None:
+    """Another activation would take the same weights and make other tokens of them."""
+    model, processor = fresh()
+    compress_projector(model, processor, "adaptive_avg_pool", ratio=4, act=activation)
+    attach_vision_remember(model, [1, 3], window=window)
+    before = Fingerprint(model)
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            restore_vision_remember(model, folder)
+        before.check(model)
+        return
+    restore_vision_remember(model, folder)
+    inputs = batch(model)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, trained()[0](**inputs).logits)
 
 
 @pytest.mark.parametrize("step", range(4))
