@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.fingerprint import Fingerprint
@@ -193,6 +194,32 @@ def test_the_card_says_how_to_load_the_adapter(folder: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "load_vision_remember" in card
     assert "before decoder layers 1, 3" in card
+
+
+@pytest.mark.parametrize(
+    ("name", "linked"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", True),
+        ("models/llava", False),
+        ("/models/llava", False),
+        ("my models/llava", False),
+        ("owner/name\nlicense: mit", False),
+        ('owner/name"); import os; ("', False),
+        ("", False),
+    ],
+)
+def test_the_card_links_to_the_base_model_on_the_hub_and_to_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, linked: bool
+) -> None:
+    (tmp_path / "models" / "llava").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    model = build_llava()
+    model.config._name_or_path = name
+    attach_vision_remember(model, [1]).save_pretrained("adapter")
+    card = Path("adapter", "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1]).get("base_model") == (name if linked else None)
+    assert f'from_pretrained("{name if linked else "the-base-model"}")' in card
+    assert name == "" or (name in card) == linked
 
 
 def test_weights_come_in_the_dtype_of_the_host(folder: Path) -> None:
