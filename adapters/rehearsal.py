@@ -43,7 +43,7 @@ def rehearse(model: nn.Module, saved: SavedAdapter, spec: MLLMSpec | None) -> Ho
     Raises:
         ValueError: the description does not fit the model, or the weights do not fit the description.
     """
-    with _wrong_values():
+    with wrong_values():
         parts = resolve(model, spec)
         check_base(saved, parts)
         with torch.device("meta"):
@@ -67,7 +67,7 @@ def _projector(parts: HostParts, described: dict[str, Any]) -> Projector:
 
 
 @contextmanager
-def _wrong_values() -> Iterator[None]:
+def wrong_values() -> Iterator[None]:
     """Whatever a value of a wrong kind sets off inside becomes a ValueError: nothing in here changes anything."""
     try:
         yield
