@@ -197,6 +197,7 @@ def test_export_of_untrained_blocks_is_checked_with_random_weights(saved: dict[s
         (("report", "{full}", "{full}"), "is no picture that can be read"),
         (("report", "{bare}", "{picture}"), "has no processor"),
         (("report", "{full}", "{picture}", "--token", "1"), "expected a row and a column"),
+        (("report", "{full}", "{picture}", "--out", "{full}"), "expected the name of a file, and this is a folder"),
         (("report", "{full}", "{picture}", "--dtype", "floaty"), "--dtype 'floaty'"),
         (("report", "{full}", "{picture}", "--device", "abacus"), "--device 'abacus': expected one that this machine"),
         (("export", "{bare}", "--format", "tflite"), "expected onnx or torch"),
@@ -296,10 +297,12 @@ def test_a_name_that_is_neither_folder_nor_repository_is_told_so(monkeypatch: py
 
 def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    for module in ("lmms_eval", "tqdm"):
+    for module in ("lmms_eval", "tqdm", "jinja2"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     assert "lmms_eval not installed: pip install 'vision-remember[eval]'" in run("eval", code=2).stderr
     assert "pip install 'vision-remember[demo]'" in run("demo", "--quick", code=2).stderr
+    report = run("report", "model", "picture.png", code=2).stderr  # before the model is looked for
+    assert "pip install 'vision-remember[demo]'" in report
 
 
 def test_scripts_get_the_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
