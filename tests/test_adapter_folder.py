@@ -276,6 +276,13 @@ def test_an_adapter_of_another_encoder_is_refused(folder: Path) -> None:
     )
 
 
+def test_an_adapter_of_another_class_with_the_same_parts_is_refused(folder: Path) -> None:
+    """It may put its tokens in another order."""
+    base = json.loads((folder / CONFIG).read_text())["base"]
+    edit_config(folder, base={**base, "class": "VipLlavaForConditionalGeneration"})
+    refused(folder, "class: the adapter expects 'VipLlava.*', this model has 'LlavaForConditionalGeneration'")
+
+
 def test_a_truncated_file_is_refused(folder: Path) -> None:
     data = (folder / WEIGHTS).read_bytes()
     for length in (len(data) - 10, 40, 4, 0):
