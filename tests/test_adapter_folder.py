@@ -393,18 +393,3 @@ def test_an_interrupted_save_leaves_the_last_adapter_or_says_so(
     model, processor = fresh()
     loaded = load_vision_remember(model, folder, processor)
     assert loaded.config.position == ("learned" if step == 3 else "specialised")
-
-
-def test_an_interrupt_before_anything_is_renamed_leaves_no_trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    handle = trained()[1]
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("vision_remember.adapters.checkpoint.save_file", fail)
-    for target in (folder, folder.parent / "new"):
-        with pytest.raises(KeyboardInterrupt):
-            handle.save_pretrained(target)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
