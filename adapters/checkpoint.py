@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,12 +131,14 @@ def save_adapter(
         return
     target = Path(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as aside:
+    # Inside of a folder that exists: it may be a link or a mount, and renaming does not cross file systems.
+    with tempfile.TemporaryDirectory(dir=target if target.is_dir() else target.parent, prefix=".saving-") as aside:
         written = Path(aside, "adapter")
         written.mkdir()  # with the usual permissions, unlike a temporary folder
         (written / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
         (written / CARD_FILE).write_text(model_card(description, tensors, shown_as))
         save_file(tensors, written / WEIGHTS_FILE, metadata={"format": "pt", _MARK: mark})
+        shutil.copymode(written / CONFIG_FILE, written / WEIGHTS_FILE)  # safetensors lets the owner alone read it
         if target.is_dir():
             for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
                 os.replace(written / name, target / name)

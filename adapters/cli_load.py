@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vision_remember.adapters.attach import attach_vision_remember
@@ -14,6 +18,7 @@ from vision_remember.adapters.cli_common import Choices, say
 from vision_remember.adapters.compress import compress_projector
 from vision_remember.adapters.handle import VisionRememberHandle
 from vision_remember.adapters.load import adapter_folder, load_vision_remember
+from vision_remember.adapters.rehearsal import wrong_values
 from vision_remember.adapters.resolve import resolve
 from vision_remember.adapters.skeleton import build_skeleton, give_storage
 from vision_remember.adapters.spec import MLLMSpec
@@ -35,7 +40,8 @@ def load_config(name: str, revision: str | None) -> Any:
     if _is_path(name) and not (Path(name) / "config.json").is_file():
         raise ValueError(f"{name} has no config.json: expected a repository id of the hub, or a model's folder")
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        with loading(name):
+            config = AutoConfig.from_pretrained(name, revision=revision)
     except OSError as error:
         where = name if _is_path(name) else f"{name} is no folder here, and as a repository of the hub"
         raise ValueError(f"{where}: {first_line(error)}") from error
@@ -61,9 +67,10 @@ def load_model(name: str, revision: str | None, *, device: str, dtype: str, adap
         raise ValueError(f"--{error}") from error
     if not _is_path(name) or any(path for pattern in _WEIGHTS for path in Path(name).glob(pattern)):
         say(f"loading {name}")
-        return load_base_model(name, revision=revision, dtype=dtype, device=device, adapter_follows=adapter_follows)
+        with loading(name):
+            return load_base_model(name, revision=revision, dtype=dtype, device=device, adapter_follows=adapter_follows)
     say(f"{name} has no weights: random ones are used, and answers mean nothing")
-    with torch.random.fork_rng():
+    with loading(name), torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config, dtype=DTYPES.get(dtype, config.dtype))
     model.config._name_or_path = name
@@ -79,7 +86,8 @@ def load_processor(name: str, revision: str | None) -> Any:
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(name, revision=revision)
+        with loading(name):
+            processor = AutoProcessor.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} has no processor that can be loaded: {first_line(error)}") from error
     if not hasattr(processor, "image_processor"):
@@ -88,16 +96,22 @@ def load_processor(name: str, revision: str | None) -> Any:
 
 
 def load_picture(path: Path) -> Any:
-    """A picture, RGB.
+    """A picture, RGB, the way up that its camera says; 16 bits of grey become 8.
 
     Raises:
-        ValueError: no picture there.
+        ValueError: no picture there, or one whose numbers do not say what is white.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+        picture = ImageOps.exif_transpose(Image.open(path))
+        if picture.mode.startswith("I;16"):
+            # Pillow alone would make white of all but the darkest 256 of the 65,536 levels.
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        elif picture.mode in ("I", "F"):
+            raise ValueError(f"mode {picture.mode} has no white: save it with 8 bits")
+        return picture.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no picture that can be read: {first_line(error)}") from error
 
 
@@ -127,10 +141,12 @@ def attached_skeleton(name: str, revision: str | None, choices: Choices) -> tupl
     """
     config = load_config(name, revision)
     say(f"building {name} without its weights")
-    model = build_skeleton(config)
+    with loading(name):
+        model = build_skeleton(config)
     model.config._name_or_path = name
     adapter = None if choices.adapter is None else read_adapter(adapter_folder(choices.adapter))
-    parts = resolve(model, None if adapter is None else adapter.spec)
+    with wrong_values() if adapter else nullcontext():
+        parts = resolve(model, None if adapter is None else adapter.spec)
     layers = adapter.config.layers if adapter else tuple(choices.layers or VisionRememberConfig().layers)
     # The blocks take device and dtype from the layers that they stand before.
     for index in layers:
@@ -141,6 +157,18 @@ def attached_skeleton(name: str, revision: str | None, choices: Choices) -> tupl
         processor = load_processor(name, revision)
     # A spec that was found out by trying describes the model's own projector.
     return model, attach(model, processor, choices, None if choices.projector is not None else parts.spec)
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Makes one ValueError, which names MODEL, of the many kinds that damaged files set off inside transformers."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise ValueError(f"{name} has a file that cannot be used, or is too large: {reason}") from error
 
 
 def _is_path(name: str) -> bool:

@@ -26,6 +26,7 @@ from vision_remember.adapters.cli_common import (
     say,
     write_json,
 )
+from vision_remember.adapters.cli_lab import need
 
 
 @helpful
@@ -71,6 +72,9 @@ def report_command(
     if chosen is not None and len(chosen) != 2:
         raise ValueError(f"--token {token!r}: expected a row and a column, such as 3,7")
     choices = Choices.of(adapter, layers, levels, preset, assignments, projector, ratio)
+    need("demo", "jinja2", "matplotlib", "numpy")
+    if out.is_dir():
+        raise ValueError(f"--out {out}: expected the name of a file, and this is a folder")
 
     from vision_remember.adapters.cli_load import attach, load_model, load_picture, load_processor
     from vision_remember.adapters.report import write_report

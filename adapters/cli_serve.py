@@ -46,8 +46,8 @@ def serve_command(
 
         curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"messages": [...]}'
 
-    Needs `pip install 'vision-remember[serve]'`. Anyone who reaches the port can use the model: leave --host as it is
-    unless that is what you want.
+    Needs `pip install 'vision-remember[serve]'`. Anyone who reaches the port can use the model, and have the server
+    open any address or any picture on its disks as an `image_url`: leave --host as it is unless that is what you want.
     """
     choices = Choices.of(adapter, layers, levels, preset, assignments, projector, ratio)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,8 @@ def export_block(
 
     Raises:
         ImportError: ONNX is asked for and not installed: ``pip install 'vision-remember[export]'``.
-        ValueError: another form, or a block with a token mixer.
+        ValueError: another form, a block with a token mixer, or one that gives NaN or infinity, which differ from
+            nothing.
     """
     if form not in ("torch", "onnx"):
         raise ValueError(f"form={form!r}: expected 'torch' or 'onnx'")
@@ -85,9 +87,12 @@ def export_block(
         raise ValueError(f"token_mixer={block.token_mixer.kind!r}: only blocks without a token mixer are exported")
     if form == "onnx":
         _need_onnx()
+    module = OnGrids(copy.deepcopy(block).float().cpu().eval(), token_grid, feature_grid)
+    with torch.no_grad():
+        if not module(*_inputs(module, 1)).isfinite().all():
+            raise ValueError("the block gives NaN or infinity for ordinary inputs: look at its weights")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    module = OnGrids(copy.deepcopy(block).float().cpu().eval(), token_grid, feature_grid)
     difference, magnitude = _written(module, target, form)
     trial = None
     if magnitude == 0:
@@ -122,7 +127,8 @@ def _written(module: OnGrids, path: Path, form: ExportFormat) -> tuple[float, fl
         for count in _TILES:
             given = _inputs(module, count)
             expected = module(*given)
-            difference = max(difference, float((run(*given) - expected).abs().max()))
+            apart = (run(*given) - expected).abs().nan_to_num(nan=math.inf)  # max() passes over NaN
+            difference = max(difference, float(apart.max()))
             magnitude = max(magnitude, float((expected - given[0]).abs().max()))
     return difference, magnitude
 

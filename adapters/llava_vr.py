@@ -175,8 +175,8 @@ def build_llava_vr(
         **overrides: fields of :class:`vision_remember.VisionRememberConfig`.
 
     Raises:
-        ValueError: an encoder that is neither CLIP nor SigLIP, a language model of another kind, a number of tiles
-            below zero, or what ``compress_projector`` and ``attach_vision_remember`` refuse.
+        ValueError: an encoder that is neither CLIP nor SigLIP, a language model of another kind, files without its
+            weights, a number of tiles below zero, or what ``compress_projector`` and ``attach_vision_remember`` refuse.
     """
     if tiles < 0 or tiles == 1:
         raise ValueError(f"tiles={tiles}: expected 0 for images as a whole, or 2 and more")
@@ -209,7 +209,7 @@ def _encoder(vision: str | PreTrainedConfig | PreTrainedModel, dtype: torch.dtyp
         raise ValueError(f"vision={config.model_type!r}: expected a CLIP or SigLIP vision encoder")
     kind: Any = MODEL_MAPPING[type(config)]
     if isinstance(vision, str):
-        return kind.from_pretrained(vision, config=config, dtype=dtype)
+        return _loaded(kind, "vision", vision, config=config, dtype=dtype)
     model: Any = vision if isinstance(vision, nn.Module) else kind._from_config(config)
     model = getattr(model, "vision_model", model)
     return model if dtype is None else model.to(dtype)
@@ -218,13 +218,26 @@ def _encoder(vision: str | PreTrainedConfig | PreTrainedModel, dtype: torch.dtyp
 def _language_model(language: str | PreTrainedConfig | PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
     model: Any
     if isinstance(language, str):
-        model = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
+        model = _loaded(AutoModelForCausalLM, "language", language, dtype=dtype)
     else:
         model = language if isinstance(language, nn.Module) else AutoModelForCausalLM.from_config(language)
         model = model if dtype is None else model.to(dtype)
     missing = [name for name in ("model", "lm_head") if not isinstance(getattr(model, name, None), nn.Module)]
     if missing:
         raise ValueError(f"language={type(model).__name__}: expected a causal language model; it has no {missing}")
+    return model
+
+
+def _loaded(kind: Any, part: str, name: str, **options: Any) -> PreTrainedModel:
+    """A part with all of its weights: transformers fills in random ones where files hold others."""
+    loaded: Any = kind.from_pretrained(name, output_loading_info=True, **options)
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{part}={name!r}: its files lack {len(missing)} weights of a {type(model).__name__} ({missing[0]}, ...), "
+            "which would be random ones"
+        )
     return model
 
 
@@ -238,7 +251,7 @@ def _placeholder(tokenizer: Any, decoder: PreTrainedModel) -> int:
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     token: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if token > _last_token(decoder):  # Qwen2 has spare rows
-        decoder.resize_token_embeddings(token + 1)
+        decoder.resize_token_embeddings(token + 1, mean_resizing=decoder.device.type != "meta")
     return token
 
 
@@ -261,7 +274,8 @@ def _put_together(encoder: PreTrainedModel, decoder: PreTrainedModel, token: int
         model = kind(config)
     base: Any = model.model
     embeddings: Any = decoder.get_input_embeddings().weight
-    projector = type(base.multi_modal_projector)(config).to(embeddings.dtype)
+    # It reads the encoder; LLaVA brings its output to the language model's dtype, which may be another.
+    projector = type(base.multi_modal_projector)(config).to(encoder.dtype)
     projector.apply(model._init_weights)
     base.multi_modal_projector = projector.to(embeddings.device)
     if tiles:

@@ -299,12 +299,13 @@ class LmmsEvalModel(lmms):  # type: ignore[misc] # lmms-eval has no types
         return text
 
     def _generation(self, given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-        """(stop strings, arguments of ``generate``): greedy unless the task samples."""
+        """(stop strings, arguments of ``generate``): greedy unless the task samples, at a temperature above zero."""
         until = given.pop("until", None) or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop.strip()]
+        given.pop("image_aspect_ratio", None)  # how LLaVA's own code cuts images up; here that is the processor's
         sampled = given.pop("do_sample", None)
         temperature = given.pop("temperature", None)
-        sampled = bool(temperature) if sampled is None else bool(sampled)
+        sampled = bool(temperature) if sampled is None else bool(sampled) and temperature != 0
         if not sampled:
             given = {name: value for name, value in given.items() if name not in ("top_p", "top_k", "min_p")}
         elif temperature:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -44,7 +45,7 @@ def model_card(description: dict[str, Any], tensors: dict[str, Tensor], shown_as
     base, config, projector = description["base"], description["config"], description["projector"]
     name = base["name_or_path"]
     # The hub knows repository ids only; a local path would be a broken link there.
-    is_repo = name is not None and is_repo_id(name)
+    is_repo = name is not None and is_repo_id(name) and not Path(name).exists()
     return _TEMPLATE.format(
         base_model=f"\nbase_model: {name}" if is_repo else "",
         folder=shown_as or "path/to/this/folder",

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vision_remember.adapters.attach import new_block, plan
 from vision_remember.adapters.checkpoint import SavedAdapter, check_base, check_weights, describe_projector
@@ -27,6 +27,8 @@ _OF_A_WRONG_VALUE = (
 )
 # What compress_projector takes beside the projector's own options.
 _NO_OPTIONS = ("model", "processor", "spec")
+# Layers of which each has a tensor of its own: even on the meta device, a million of them takes hours.
+_DEPTHS = ("depth", "mlp_depth", "num_layers")
 
 
 def rehearse(model: nn.Module, saved: SavedAdapter, spec: MLLMSpec | None) -> HostParts:
@@ -43,13 +45,13 @@ def rehearse(model: nn.Module, saved: SavedAdapter, spec: MLLMSpec | None) -> Ho
     Raises:
         ValueError: the description does not fit the model, or the weights do not fit the description.
     """
-    with _wrong_values():
+    with wrong_values():
         parts = resolve(model, spec)
         check_base(saved, parts)
         with torch.device("meta"):
             projector = parts.projector
             if saved.projector is not None and saved.projector != describe_projector(projector):
-                projector = _projector(parts, saved.projector)
+                projector = _projector(parts, saved.projector, saved.tensors)
             modules: dict[str, nn.Module] = {"projector": projector} if isinstance(projector, Projector) else {}
             config, tap = plan(dataclasses.replace(parts, projector=projector), saved.config)
             for index in config.layers:
@@ -58,16 +60,21 @@ def rehearse(model: nn.Module, saved: SavedAdapter, spec: MLLMSpec | None) -> Ho
     return parts
 
 
-def _projector(parts: HostParts, described: dict[str, Any]) -> Projector:
+def _projector(parts: HostParts, described: dict[str, Any], tensors: dict[str, Tensor]) -> Projector:
     options = {name: value for name, value in described.items() if name != "name"}
     misplaced = [name for name in options if name in _NO_OPTIONS]
     if not isinstance(described.get("name"), str) or misplaced:
         raise ValueError(f"projector={described!r}: expected the name of a projector and its options")
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    for name, value in options.items():
+        bound = len(tensors) if name in _DEPTHS else largest
+        if isinstance(value, int) and value > max(bound, 1) and name != "ratio":
+            raise ValueError(f"projector option {name}={value}: more than the adapter's weights can be those of")
     return new_projector(parts, described["name"], **options)
 
 
 @contextmanager
-def _wrong_values() -> Iterator[None]:
+def wrong_values() -> Iterator[None]:
     """Whatever a value of a wrong kind sets off inside becomes a ValueError: nothing in here changes anything."""
     try:
         yield

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
 
 def is_repo_id(name: str) -> bool:
-    """Whether it has the form owner/name, which no path has that is absolute or begins with a dot."""
-    return name.count("/") == 1 and not name.startswith((".", "/"))
+    """Whether it has the form owner/name, which no path has that is absolute, begins with a dot or has blanks in it."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII) is not None

@@ -10,7 +10,7 @@ from typing import Any
 from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.base_model import refuse_blocks
 from vision_remember.adapters.cli_common import Choices
-from vision_remember.adapters.cli_load import attach
+from vision_remember.adapters.cli_load import attach, loading
 from vision_remember.adapters.weight_names import weight_names
 
 
@@ -53,9 +53,14 @@ def attaching(choices: Choices) -> Iterator[None]:
 
         _attaching = threading.Lock()
 
-        def load_model_and_processor(self, *args: Any, **kwargs: Any) -> Any:
-            """The model, attached, and its processor."""
-            model, processor = super().load_model_and_processor(*args, **kwargs)
+        def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
+            """The model, attached, and its processor; no other than the one that the server was started for."""
+            own = self.force_model
+            # /load_model and /v1/audio/transcriptions would fetch and keep whatever they are asked for.
+            if own and model_id_and_revision != self.process_model_name(model_manager.split_model_id(own)[0]):
+                raise ValueError(f"this server has {own} alone, and does not load {model_id_and_revision}")
+            with loading(model_id_and_revision):
+                model, processor = super().load_model_and_processor(model_id_and_revision, *args, **kwargs)
             if not getattr(processor, "chat_template", None):
                 raise ValueError(
                     f"the {type(processor).__name__} of {model.config._name_or_path} has no chat template, by which a "

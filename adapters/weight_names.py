@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
@@ -18,6 +18,9 @@ def weight_names(name: str, revision: str | None = None) -> list[str]:
     Args:
         name: hub id or folder.
         revision: on the hub.
+
+    Raises:
+        ValueError: a file that is here and damaged.
     """
     for file in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME):
         try:
@@ -25,10 +28,13 @@ def weight_names(name: str, revision: str | None = None) -> list[str]:
         except (OSError, ValueError):  # it is not here
             continue
         assert path is not None
-        if file == SAFE_WEIGHTS_INDEX_NAME:
-            return list(json.loads(Path(path).read_text())["weight_map"])
-        with safe_open(path, framework="pt") as weights:
-            return list(weights.keys())
+        try:
+            if file == SAFE_WEIGHTS_INDEX_NAME:
+                return list(json.loads(Path(path).read_text())["weight_map"])
+            with safe_open(path, framework="pt") as weights:
+                return list(weights.keys())
+        except (SafetensorError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     return [] if Path(name).is_dir() else _names_on_the_hub(name, revision)
 
 

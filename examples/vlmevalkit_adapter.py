@@ -39,6 +39,9 @@ class VisionRememberVLM(BaseModel):  # type: ignore[misc] # VLMEvalKit has no ty
 
     def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
         """One answer; ``message`` is ``[{"type": "image" | "text", "value": path | text}, ...]``."""
+        others = {part["type"] for part in message} - {"image", "text"}
+        if others:
+            raise ValueError(f"parts of type {sorted(others)}: expected images and text")
         parts = [
             {"type": "image", "image": Image.open(part["value"]).convert("RGB")}
             if part["type"] == "image"

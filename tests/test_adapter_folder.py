@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.fingerprint import Fingerprint
 from tests.hosts import PAIRINGS, batch, build_llava, image_side, randomise
 from tests.processors import llava_processor
 from vision_remember import attach_vision_remember, compress_projector, load_vision_remember
+from vision_remember.adapters.load import restore_vision_remember
 
 PROJECTOR = "multi_modal_projector"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -84,6 +86,34 @@ def test_saving_again_replaces_the_files(folder: Path) -> None:
     handle.save_pretrained(folder)
     assert (load_file(folder / WEIGHTS)["vision_remember.1.norm.weight"] == 7).all()
     assert len(list(folder.iterdir())) == 3
+
+
+def test_a_folder_that_exists_is_written_to_from_within(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a mount, or a link to one: nothing can be renamed into it from beside, where nobody may write."""
+    rename, make = os.replace, os.mkdir
+
+    def within(source: Any, target: Any) -> None:
+        if folder not in Path(source).parents:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target)
+
+    def beside(path: Any, *arguments: Any, **options: Any) -> None:
+        if Path(path).parent == folder.parent and Path(path) != folder:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        make(path, *arguments, **options)
+
+    handle = trained()[1]
+    monkeypatch.setattr(os, "replace", within)
+    monkeypatch.setattr(os, "mkdir", beside)
+    handle.save_pretrained(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", CONFIG, WEIGHTS]
+
+
+def test_all_files_have_the_usual_permissions(folder: Path) -> None:
+    plain = folder.parent / "plain"
+    plain.touch()
+    trained()[1].save_pretrained(folder)
+    assert {path.stat().st_mode for path in folder.iterdir()} == {plain.stat().st_mode}
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=str)
@@ -166,6 +196,32 @@ def test_the_card_says_how_to_load_the_adapter(folder: Path) -> None:
     assert "before decoder layers 1, 3" in card
 
 
+@pytest.mark.parametrize(
+    ("name", "linked"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", True),
+        ("models/llava", False),
+        ("/models/llava", False),
+        ("my models/llava", False),
+        ("owner/name\nlicense: mit", False),
+        ('owner/name"); import os; ("', False),
+        ("", False),
+    ],
+)
+def test_the_card_links_to_the_base_model_on_the_hub_and_to_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, linked: bool
+) -> None:
+    (tmp_path / "models" / "llava").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    model = build_llava()
+    model.config._name_or_path = name
+    attach_vision_remember(model, [1]).save_pretrained("adapter")
+    card = Path("adapter", "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1]).get("base_model") == (name if linked else None)
+    assert f'from_pretrained("{name if linked else "the-base-model"}")' in card
+    assert name == "" or (name in card) == linked
+
+
 def test_weights_come_in_the_dtype_of_the_host(folder: Path) -> None:
     model, processor = fresh()
     handle = load_vision_remember(model.to(torch.bfloat16), folder, processor)
@@ -218,6 +274,13 @@ def test_an_adapter_of_another_encoder_is_refused(folder: Path) -> None:
         "encoder: the adapter expects 'clip_vision_model', this model has 'siglip_vision_model'",
         host=fresh("qwen2", "siglip"),
     )
+
+
+def test_an_adapter_of_another_class_with_the_same_parts_is_refused(folder: Path) -> None:
+    """It may put its tokens in another order."""
+    base = json.loads((folder / CONFIG).read_text())["base"]
+    edit_config(folder, base={**base, "class": "VipLlavaForConditionalGeneration"})
+    refused(folder, "class: the adapter expects 'VipLlava.*', this model has 'LlavaForConditionalGeneration'")
 
 
 def test_a_truncated_file_is_refused(folder: Path) -> None:
@@ -274,6 +337,33 @@ def test_loading_onto_an_attached_model_is_refused(folder: Path) -> None:
     refused(folder, "attached to this model already", RuntimeError, host=(model, processor))
 
 
+@pytest.mark.parametrize(
+    ("window", "activation", "message"),
+    [
+        (1, "gelu", None),
+        (2, "gelu", r"has VisionRememberConfig\(.* but attached is VisionRememberConfig\("),
+        (1, "gelu_tanh", "has the projector {.*'act': 'gelu', .*}, but the model has {.*'act': 'gelu_tanh'"),
+    ],
+)
+def test_weights_go_back_into_what_they_came_from_and_into_nothing_else(
+    folder: Path, window: int, activation: str, message: str | None
+) -> None:
+    """Another activation would take the same weights and make other tokens of them."""
+    model, processor = fresh()
+    compress_projector(model, processor, "adaptive_avg_pool", ratio=4, act=activation)
+    attach_vision_remember(model, [1, 3], window=window)
+    before = Fingerprint(model)
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            restore_vision_remember(model, folder)
+        before.check(model)
+        return
+    restore_vision_remember(model, folder)
+    inputs = batch(model)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, trained()[0](**inputs).logits)
+
+
 @pytest.mark.parametrize("step", range(4))
 def test_an_interrupted_save_leaves_the_last_adapter_or_says_so(
     folder: Path, step: int, monkeypatch: pytest.MonkeyPatch
@@ -303,18 +393,3 @@ def test_an_interrupted_save_leaves_the_last_adapter_or_says_so(
     model, processor = fresh()
     loaded = load_vision_remember(model, folder, processor)
     assert loaded.config.position == ("learned" if step == 3 else "specialised")
-
-
-def test_an_interrupt_before_anything_is_renamed_leaves_no_trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    handle = trained()[1]
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("vision_remember.adapters.checkpoint.save_file", fail)
-    for target in (folder, folder.parent / "new"):
-        with pytest.raises(KeyboardInterrupt):
-            handle.save_pretrained(target)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]

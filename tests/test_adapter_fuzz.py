@@ -238,6 +238,25 @@ def test_hostile_values(host: Host, folder: Path, place: tuple[str, str], value:
 
 
 @pytest.mark.parametrize(
+    "described",
+    [
+        {"name": "c_abstractor", "ratio": 4, "depth": 300},
+        {"name": "c_abstractor", "ratio": 4, "mlp_depth": 300},
+        {"name": "deformable_pool", "ratio": 4, "num_layers": 300},
+        {"name": "honeybee_resampler", "ratio": 4, "hidden_dim": 10**6 + 3},
+    ],
+    ids=str,
+)
+def test_a_projector_of_more_layers_than_there_are_weights_is_not_built(
+    host: Host, folder: Path, described: dict[str, Any]
+) -> None:
+    """It would take no memory, and hours if there were a million of them; as would a search for divisors of a prime."""
+    description = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**description, "projector": described}))
+    assert "more than the adapter's weights can be those of" in str(host.try_to_load(folder))
+
+
+@pytest.mark.parametrize(
     "break_it",
     [
         lambda file: (file.unlink(), file.mkdir()),

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import NotASafetensorsRepoError
@@ -20,6 +21,7 @@ from tests.hosts import batch, build_llava, image_side, randomise
 from tests.processors import llava_processor
 from vision_remember import adapters, attach_vision_remember, compress_projector
 from vision_remember.adapters.cli import app
+from vision_remember.adapters.cli_load import load_picture
 from vision_remember.adapters.skeleton import build_skeleton
 from vision_remember.adapters.weight_names import weight_names
 
@@ -195,6 +197,7 @@ def test_export_of_untrained_blocks_is_checked_with_random_weights(saved: dict[s
         (("report", "{full}", "{full}"), "is no picture that can be read"),
         (("report", "{bare}", "{picture}"), "has no processor"),
         (("report", "{full}", "{picture}", "--token", "1"), "expected a row and a column"),
+        (("report", "{full}", "{picture}", "--out", "{full}"), "expected the name of a file, and this is a folder"),
         (("report", "{full}", "{picture}", "--dtype", "floaty"), "--dtype 'floaty'"),
         (("report", "{full}", "{picture}", "--device", "abacus"), "--device 'abacus': expected one that this machine"),
         (("export", "{bare}", "--format", "tflite"), "expected onnx or torch"),
@@ -215,6 +218,74 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("command", "file", "content", "message"),
+    [
+        ("inspect", "config.json", "null", "has a file that cannot be used, or is too large: TypeError"),
+        ("inspect", "config.json", '{"model_type": "llava", "vision_config": 5}', "'vision_config' with value 5"),
+        ("inspect", "config.json", '{"model_type": "llava", "vision_config": {"patch_size": 0}}', "ZeroDivisionError"),
+        ("report", "config.json", '{"model_type": "llava", "vision_config": 5}', "'vision_config' with value 5"),
+        ("report", "model.safetensors", "{}", "SafetensorError"),
+        ("report", "processor_config.json", "null", "AttributeError"),
+        ("export", "model.safetensors", "{}", "model.safetensors is damaged: SafetensorError"),
+        ("export", "model.safetensors.index.json", "{}", "model.safetensors.index.json is damaged: KeyError"),
+        ("serve", "model.safetensors", "{}", "model.safetensors is damaged: SafetensorError"),
+        ("serve --adapter {adapter}", "model.safetensors", "{}", "SafetensorError"),
+    ],
+)
+def test_a_damaged_file_of_a_model_is_a_message_too(
+    saved: dict[str, Path], tmp_path: Path, command: str, file: str, content: str, message: str
+) -> None:
+    folder = shutil.copytree(saved["full"], tmp_path / "model")
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).write_text(content)
+    command, *adapter = command.format(**saved).split()
+    files = {"report": [saved["picture"], "--out", tmp_path / "page.html"], "export": ["--out", tmp_path / "graphs"]}
+    result = run(command, folder, *files.get(command, []), *(adapter or ["--layers", "1,3"]), code=2)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"Error: {folder}")
+    assert message in last
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_damaged_adapter_is_a_message_too(saved: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(saved["adapter"], tmp_path / "adapter")
+    description = json.loads((folder / "adapter_config.json").read_text())
+    description["spec"]["encoder_spec"]["image_size"] = "__class__"
+    (folder / "adapter_config.json").write_text(json.dumps(description))
+    assert (
+        "the adapter's description fits no model" in run("inspect", saved["full"], "--adapter", folder, code=2).stderr
+    )
+
+
+def test_a_picture_is_read_the_way_up_that_its_camera_says(tmp_path: Path) -> None:
+    """As transformers' own loader reads it: a phone writes pixels as they come and a note of how it was held."""
+    picture = Image.new("RGB", (40, 20), "white")
+    picture.paste("black", (0, 0, 20, 20))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turned to the right
+    picture.save(tmp_path / "phone.png", exif=exif)
+    read = load_picture(tmp_path / "phone.png")
+    assert read.size == (20, 40)
+    assert (read.getpixel((10, 5)), read.getpixel((10, 35))) == ((0, 0, 0), (255, 255, 255))
+
+
+def test_sixteen_bits_of_grey_are_not_all_white(tmp_path: Path) -> None:
+    levels = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(levels).save(tmp_path / "scan.png")
+    assert np.array_equal(np.asarray(load_picture(tmp_path / "scan.png"))[..., 0], levels >> 8)
+
+
+def test_a_picture_without_a_white_or_too_large_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("F", (4, 4)).save(tmp_path / "depth.tiff")
+    with pytest.raises(ValueError, match=r"depth.tiff is no picture that can be read: mode F has no white"):
+        load_picture(tmp_path / "depth.tiff")
+    Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    with pytest.raises(ValueError, match=r"large.png is no picture that can be read: Image size \(1600 pixels\)"):
+        load_picture(tmp_path / "large.png")
+
+
 def test_a_name_that_is_neither_folder_nor_repository_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_connection(*_: Any, **__: Any) -> None:
         raise OSError("could not connect\nto the hub")
@@ -226,10 +297,12 @@ def test_a_name_that_is_neither_folder_nor_repository_is_told_so(monkeypatch: py
 
 def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    for module in ("lmms_eval", "tqdm"):
+    for module in ("lmms_eval", "tqdm", "jinja2"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     assert "lmms_eval not installed: pip install 'vision-remember[eval]'" in run("eval", code=2).stderr
     assert "pip install 'vision-remember[demo]'" in run("demo", "--quick", code=2).stderr
+    report = run("report", "model", "picture.png", code=2).stderr  # before the model is looked for
+    assert "pip install 'vision-remember[demo]'" in report
 
 
 def test_scripts_get_the_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -272,6 +345,24 @@ def test_an_attached_model_is_what_a_server_answers_with(saved: dict[str, Path])
     assert attachment.config.window == 2
     with torch.no_grad():
         assert model(**batch(model)).logits.isfinite().all()  # type: ignore[operator]
+
+
+def test_a_server_loads_no_model_but_its_own(saved: dict[str, Path], tmp_path: Path) -> None:
+    """Whoever reaches its port could have it fetch any repository, and keep that in memory."""
+    from transformers.cli.serving import model_manager
+
+    from vision_remember.adapters.cli_common import Choices
+    from vision_remember.adapters.serve import attaching
+
+    other = shutil.copytree(saved["full"], tmp_path / "other")
+    choices = Choices.of(str(saved["adapter"]), None, None, None, None, None, None)
+    with attaching(choices):
+        manager = model_manager.ModelManager(device="cpu", dtype="float32", force_model=str(saved["full"]))
+        with pytest.raises(ValueError, match=rf"this server has .*full alone, and does not load {other}@main"):
+            manager.load_model_and_processor(f"{other}@main")
+        assert list(manager.loaded_models) == [f"{saved['full']}@main"]
+        manager.load_model_and_processor(f"{saved['full']}@main")
+        manager.shutdown()
 
 
 def test_a_server_without_a_chat_template_does_not_start(saved: dict[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch.export import Dim, export
 from tests.hosts import batch, build_llava, randomise
 from vision_remember import INTERACTIONS, VisionRemember, attach_vision_remember, build_interaction
 from vision_remember.adapters.attachment import NAME
+from vision_remember.adapters.export import export_block
 
 TOKENS, FEATURES = (3, 5), (6, 11)
 D, C = 24, 16
@@ -67,6 +70,29 @@ def test_sela_exports_for_any_number_of_tiles(options: dict[str, Any]) -> None:
     graph = exported(interaction, strict=True)
     for tiles in (1, 3):
         torch.testing.assert_close(graph(*inputs(tiles)), OnGrids(interaction)(*inputs(tiles)))
+
+
+def test_a_block_that_gives_nan_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """Between NaN and NaN there is no difference that could be too large."""
+    block = VisionRemember(D, C)
+    with torch.no_grad():
+        block.norm.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="gives NaN or infinity for ordinary inputs"):
+        export_block(block, tmp_path / "graphs" / "block.pt2", token_grid=TOKENS, feature_grid=FEATURES, form="torch")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_gives_nan_is_infinitely_far_from_its_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(path: Path) -> Any:
+        return SimpleNamespace(module=lambda: lambda *given: torch.full_like(given[0], torch.nan))
+
+    monkeypatch.setattr(torch.export, "load", loaded)
+    found = export_block(
+        VisionRemember(D, C), tmp_path / "block.pt2", token_grid=TOKENS, feature_grid=FEATURES, form="torch"
+    )
+    assert (found.difference, found.trial_difference) == (torch.inf, torch.inf)
 
 
 class Prefill(nn.Module):

@@ -46,6 +46,15 @@ def test_the_papers_sizes(size: str, tiles: int) -> None:
     assert llava_vr.compression.token_grid == (12, 12)
 
 
+def test_a_model_that_is_only_counted_may_have_a_tokenizer() -> None:
+    tokenizer = byte_tokenizer()
+    with torch.device("meta"):
+        llava_vr = build_llava_vr(ENCODER_CONFIGS["clip"](), language_config(20), tokenizer=tokenizer, layers=[1])
+    embeddings: Any = llava_vr.model.get_input_embeddings()
+    assert embeddings.weight.is_meta
+    assert embeddings.num_embeddings == tokenizer.convert_tokens_to_ids("<image>") + 1
+
+
 def test_the_larger_size_takes_the_attentions_own_projections() -> None:
     with torch.device("meta"):
         llava_vr = build_llava_vr(*llava_vr_configs("2.0B"), inner_projections=False)
@@ -98,6 +107,38 @@ def test_pretrained_parts_keep_their_weights(tmp_path: Path) -> None:
     assert model.model.language_model.embed_tokens.num_embeddings == len(tokenizer) + 1
     assert llava_vr.processor.image_token_id == len(tokenizer)
     model.generate(**inputs(llava_vr).to(torch.bfloat16), max_new_tokens=1)
+
+
+@pytest.mark.parametrize("tiles", [0, 4])
+def test_parts_of_different_dtypes_keep_them_and_go_together(tiles: int) -> None:
+    """The paper's own: CLIP is published in float32, Qwen2 in bfloat16."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    language = hf.Qwen2ForCausalLM(language_config(len(tokenizer) + 8)).bfloat16()
+    vision = hf.CLIPVisionModel(ENCODER_CONFIGS["clip"]())
+    llava_vr = build_llava_vr(vision, language, tokenizer=tokenizer, tiles=tiles, layers=[1], levels=[2])
+    assert (vision.dtype, language.dtype) == (torch.float32, torch.bfloat16)
+    prompt = inputs(llava_vr)
+    llava_vr.model(**prompt, labels=prompt["input_ids"]).loss.backward()
+    assert all(parameter.grad is not None for parameter in llava_vr.handle.module.parameters())
+    llava_vr.model.generate(**prompt, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("part", ["vision", "language"])
+def test_files_that_lack_a_parts_weights_are_refused(part: str, tmp_path: Path) -> None:
+    """transformers alone would go on with random ones, after a line in its log."""
+    language = language_config(50)
+    if part == "vision":  # an encoder inside of something else, under other names
+        config = hf.LlavaConfig(vision_config=ENCODER_CONFIGS["clip"](), text_config=language, image_token_id=49)
+        hf.LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+        parts: tuple[Any, Any] = (str(tmp_path), language)
+    else:
+        language.tie_word_embeddings = False
+        hf.Qwen2Model(language).save_pretrained(tmp_path)
+        byte_tokenizer().save_pretrained(tmp_path)
+        parts = (ENCODER_CONFIGS["clip"](), str(tmp_path))
+    with pytest.raises(ValueError, match=rf"{part}='.*': its files lack \d+ weights of a (CLIPVision|Qwen2)"):
+        build_llava_vr(*parts, layers=[1], levels=[2])
 
 
 def test_a_clip_of_two_towers_gives_its_vision_tower(tmp_path: Path) -> None:

@@ -124,7 +124,9 @@ def test_a_commit_pins_what_is_loaded(hub: Hub) -> None:
 def test_a_branch_and_a_pull_request_leave_main_alone(hub: Hub) -> None:
     _, handle = trained()
     handle.push_to_hub(REPO, revision="trial")
-    assert handle.push_to_hub(REPO, create_pr=True) == f"hub/{REPO}/discussions/1"
+    for revision in (None, "another"):
+        assert handle.push_to_hub(REPO, revision=revision, create_pr=True) == f"hub/{REPO}/discussions/1"
+    assert not (hub.root / REPO / "another").exists()
     assert not list((hub.root / REPO / "main").iterdir())
     load_vision_remember(build_llava(), REPO, revision="trial")
     with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):

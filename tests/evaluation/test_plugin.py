@@ -177,6 +177,21 @@ def test_greedy_unless_the_task_samples(small: Any) -> None:
     assert (sampled["do_sample"], sampled["temperature"], sampled["top_p"]) == (True, 0.7, 0.9)
 
 
+def test_a_temperature_of_zero_is_greedy_whatever_else_the_task_says(small: Any) -> None:
+    """As in lmms-eval's own models: ``--gen_kwargs temperature=0`` joins the ``do_sample: true`` of a task."""
+    lm = plugged(*small)
+    assert lm._generation({"temperature": 0, "do_sample": True, "top_p": 0.9}) == lm._generation({})
+    assert lm._generation({"do_sample": True})[1]["do_sample"]
+
+
+def test_what_tasks_say_to_the_code_of_llava_is_passed_over(small: Any) -> None:
+    """SEED-Bench, CMMMU and others have it among the arguments of ``generate``, which would refuse it."""
+    lm = plugged(*small)
+    (plain,) = lm.generate_until([request(0)])
+    (answer,) = lm.generate_until([request(0, {**GREEDY, "image_aspect_ratio": "original"})])
+    assert answer == plain
+
+
 def test_a_models_own_sampling_is_switched_off(small: Any) -> None:
     model, processor = small
     model.generation_config.do_sample, model.generation_config.temperature = True, 5.0

@@ -44,3 +44,5 @@ def test_the_example_answers_as_the_plugin_does(tmp_path: Path, monkeypatch: pyt
     inputs = lm._inputs([[{"role": "user", "content": content}]])
     ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert ours.generate_inner(message) == processor.tokenizer.decode(ids, skip_special_tokens=True)
+    with pytest.raises(ValueError, match=r"parts of type \['video'\]: expected images and text"):
+        ours.generate_inner([{"type": "video", "value": str(tmp_path / "film.mp4")}, *message])
