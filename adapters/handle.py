@@ -255,15 +255,18 @@ class VisionRememberHandle:
         return [(n, sum(p.numel() for p in g), any(p.requires_grad for p in g)) for n, g in groups]
 
     def _parameters(self, parts: HostParts) -> dict[str, list[nn.Parameter]]:
-        """The parameters of the four parts that train apart from each other."""
-        blocks = list(self.module.parameters())
-        groups = {
-            "Vision Remember": blocks,
-            "projector": list(parts.projector.parameters()) if parts.projector else [],
-            "encoder": list(parts.encoder.parameters()),
+        """The parameters of the four parts that train apart from each other, each in one of them."""
+        holders = {
+            "Vision Remember": self.module,
+            "projector": parts.projector,
+            "encoder": parts.encoder,  # behind the projector, which some encoders hold
+            "language model": parts.model,
         }
-        counted = {id(parameter) for group in groups.values() for parameter in group}
-        groups["language model"] = [p for p in parts.model.parameters() if id(p) not in counted]
+        groups: dict[str, list[nn.Parameter]] = {}
+        counted: set[int] = set()
+        for name, holder in holders.items():
+            groups[name] = [p for p in holder.parameters() if id(p) not in counted] if holder is not None else []
+            counted.update(map(id, groups[name]))
         return groups
 
 

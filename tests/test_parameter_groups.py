@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.hosts import build_llava
+from tests.hosts import build_llava, set_checkpointing
+from tests.zoo_checks import subject
 from vision_remember import attach_vision_remember
 from vision_remember.adapters.handle import VisionRememberHandle
 
@@ -58,3 +59,26 @@ def test_nothing_to_train_is_an_error() -> None:
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of this model trains"):
         handle.parameter_groups(1.0)
+
+
+def test_a_projector_inside_the_encoder_is_no_part_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen-VL's: the merger is the projector, and trains while the encoder is frozen."""
+    host = subject("qwen2_5_vl")
+    handle = host.attach()
+    handle.set_phase(1)
+    assert "encoder" not in capsys.readouterr().out
+    groups = handle.parameter_groups(1.0)
+    assert [group["name"] for group in groups] == ["Vision Remember", "projector"]
+    assert {id(p) for p in groups[1]["params"]} == {id(p) for p in host.parts.projector.parameters()}
+    torch.optim.AdamW(groups)  # refuses a parameter in two groups
+    with pytest.raises(ValueError, match="for the encoder, which does not train"):
+        handle.parameter_groups(1.0, encoder_lr=0.1)
+    assert sum(handle.parameter_counts().values()) == sum(p.numel() for p in host.model.parameters())
+
+    given: list[Any] = []
+    read = handle.module[str(handle.config.layers[0])].interaction
+    read.register_forward_pre_hook(lambda module, args: given.append(args[1]))
+    set_checkpointing(host.model, use_reentrant=False)  # makes inputs of frozen parts require gradients
+    host.model.train()(**host.inputs, use_cache=False)
+    assert given
+    assert not any(level.requires_grad for level in given[0])
