@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from vision_remember.adapters.attachment import Attachment
-from vision_remember.adapters.checkpoint import adapter_modules, save_adapter
+from vision_remember.adapters.checkpoint import savable_modules, save_adapter
 from vision_remember.adapters.compress import CompressionHandle
 from vision_remember.adapters.resolve import HostParts, resolve
 from vision_remember.adapters.share import push_adapter
@@ -163,9 +163,10 @@ class VisionRememberHandle:
         """Looks, before hours of training, whether :meth:`save_pretrained` can save what is attached.
 
         Raises:
-            ValueError: PEFT adapts parts of the blocks or of a compressed projector, which no adapter folder can hold.
+            ValueError: PEFT adapts parts of the blocks or of a compressed projector, which no adapter folder can hold,
+                or the blocks are in shards of anything but FSDP2.
         """
-        adapter_modules(self._attachment, self._parts())
+        savable_modules(self._attachment, self._parts())
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes an adapter folder: the blocks, the projector if it was swapped, configuration and model card.

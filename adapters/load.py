@@ -103,7 +103,11 @@ def restore_vision_remember(model: nn.Module, folder: str | os.PathLike[str]) ->
     check_base(saved, parts)
     if saved.config != attachment.config:
         raise ValueError(f"the adapter in {folder} has {saved.config}, but attached is {attachment.config}")
-    copy_weights(saved, adapter_modules(attachment, parts))
+    modules = adapter_modules(attachment, parts)
+    projector = describe_projector(modules.get("projector"))
+    if saved.projector != projector:  # weights alone do not tell: most have the same for any ratio
+        raise ValueError(f"the adapter in {folder} has the projector {saved.projector}, but the model has {projector}")
+    copy_weights(saved, modules)
 
 
 def adapter_folder(dir_or_repo: str | os.PathLike[str], revision: str | None = None) -> Path:

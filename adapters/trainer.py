@@ -43,8 +43,8 @@ class VisionRememberCallback(TrainerCallback):
     Raises:
         ValueError: when the Trainer is built: arguments for a model with Vision Remember, a phase for a PEFT model,
             blocks or a compressed projector that LoRA adapts, since no adapter folder can hold that, or what
-            ``attach_vision_remember`` and ``set_phase`` refuse. When it resumes: a checkpoint without an adapter, or of
-            another run.
+            ``attach_vision_remember`` and ``set_phase`` refuse. When it trains: a model that ``model_init`` made anew,
+            or shards that cannot be saved. When it resumes: a checkpoint without an adapter, or of another run.
     """
 
     def __init__(
@@ -102,7 +102,14 @@ class VisionRememberCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """After a resume: restores the blocks, and the projector if it was swapped."""
+        """Looks whether this model trains and can be saved; after a resume: restores the blocks and the projector."""
+        assert self._model is not None
+        if find_attachment(kwargs["model"]) is not find_attachment(self._model):
+            raise ValueError(
+                "the Trainer trains another model than the one that has Vision Remember: model_init makes one anew; "
+                "pass the model itself, Trainer(model, ...)"
+            )
+        self.handle.check_savable()
         if state.global_step:
             self._restore(_resumed_checkpoint(args, state))
 

@@ -305,6 +305,17 @@ def test_an_interrupted_save_leaves_the_last_adapter_or_says_so(
     assert loaded.config.position == ("learned" if step == 3 else "specialised")
 
 
+def test_weights_in_pieces_are_not_saved(tmp_path: Path) -> None:
+    """What shards a model may leave an empty tensor in a weight's place."""
+    handle = trained()[1]
+    handle.module["3"].norm.weight.data = torch.empty(0)
+    with pytest.raises(
+        ValueError, match=r"vision_remember\.3\.norm\.weight has shape \(0,\), but whole it has \(48,\)"
+    ):
+        handle.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_an_interrupt_before_anything_is_renamed_leaves_no_trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handle = trained()[1]
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
