@@ -330,3 +330,11 @@ def test_the_callback_trains_the_encoder_when_told_to() -> None:
     model = host()
     VisionRememberCallback([1], phase=2, train_encoder=True).on_init_end(None, None, None, model=model)  # type: ignore[arg-type]
     assert all(parameter.requires_grad for parameter in model.model.vision_tower.parameters())
+
+
+def test_an_encoder_without_a_phase_is_refused(tmp_path: Path) -> None:
+    model = host()
+    before = structure(model)
+    with pytest.raises(ValueError, match="train_encoder=True without a phase would have no effect"):
+        trainer(model, tmp_path, VisionRememberCallback(LAYERS, train_encoder=True))
+    assert structure(model) == before
