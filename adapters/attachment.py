@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -223,9 +223,12 @@ class Attachment(Switchable):
         if not (self.enabled and module.training and torch.is_grad_enabled()):
             return None
         # Processes that train together must agree on which parameters take part in a step.
-        path = self.spec.projector
-        projector = [] if path is None else [find_module(self.model, path, "projector")]
-        return recall_nothing(module, self._level_dims, [self.tap.encoder, *projector])
+        return recall_nothing(module, self._level_dims, self._only_of_images())
+
+    def _only_of_images(self) -> Iterator[nn.Parameter]:
+        """What only images reach: encoder and projector, and what hosts have beside them, such as the end of a row."""
+        text = set(map(id, self._decoder.parameters()))
+        yield from (parameter for parameter in self._base.parameters() if id(parameter) not in text)
 
 
 def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
