@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -65,6 +65,7 @@ class Attachment(Switchable):
         config: the choices, complete.
         tap: reads the encoder.
         side_stream: whether a GPU prepares what the blocks read beside the decoder's first layers.
+        shapes: of the tensors of each block, by name, before anything shards them.
     """
 
     # The class holds the default: attachments that were pickled before there was a side stream have none of their own.
@@ -80,8 +81,9 @@ class Attachment(Switchable):
         self._token_ids = {"image": parts.image_token_id}
         if parts.video_token_id is not None:
             self._token_ids["video"] = parts.video_token_id
-        layers = [parts.layers[index] for index in config.layers]
-        self._encoding = Encoding(parts.model, parts.spec, tap, config.token_grid, layers)
+        # Themselves: what checkpoints activations puts wrappers in their places.
+        self._owners = [parts.layers[index] for index in config.layers]
+        self._encoding = Encoding(parts.model, parts.spec, tap, config.token_grid, self._owners)
         self._unread = UnreadBlocks(parts.model, tap, parts.spec.feature_levels)
         self._level_dims = [level_width(parts.encoder, parts.encoder_spec)] * len(tap.levels)
         self._decoder = parts.decoder
@@ -92,6 +94,7 @@ class Attachment(Switchable):
             else OwnForward(self._encoding, self._token_ids, NAME, self._text, self._nothing, self._ready)
         )
         self._handles: list[RemovableHandle] = []
+        self.shapes: dict[str, torch.Size] = {}
 
     def install(self, blocks: dict[int, VisionRemember]) -> None:
         """Puts blocks and hooks in place: all of them, or none if anything fails."""
@@ -108,6 +111,7 @@ class Attachment(Switchable):
                 self._layers[index].add_module(NAME, block)
                 hook = self._layers[index].register_forward_pre_hook(before_layer, with_kwargs=True)
                 self._handles.append(hook)
+                self.shapes = {name: tensor.shape for name, tensor in block.state_dict().items()}
         except BaseException:
             self.uninstall()
             raise
@@ -120,8 +124,8 @@ class Attachment(Switchable):
         self.tap.remove()
         self._unread.uninstall()
         INTERCEPTION.release(self._base)
-        for index in self.config.layers:
-            self._layers[index]._modules.pop(NAME, None)
+        for layer in self._owners:
+            layer._modules.pop(NAME, None)
         self._base.__dict__.pop(SLOT, None)
 
     @property
@@ -219,9 +223,12 @@ class Attachment(Switchable):
         if not (self.enabled and module.training and torch.is_grad_enabled()):
             return None
         # Processes that train together must agree on which parameters take part in a step.
-        path = self.spec.projector
-        projector = [] if path is None else [find_module(self.model, path, "projector")]
-        return recall_nothing(module, self._level_dims, [self.tap.encoder, *projector])
+        return recall_nothing(module, self._level_dims, self._only_of_images())
+
+    def _only_of_images(self) -> Iterator[nn.Parameter]:
+        """What only images reach: encoder and projector, and what hosts have beside them, such as the end of a row."""
+        text = set(map(id, self._decoder.parameters()))
+        yield from (parameter for parameter in self._base.parameters() if id(parameter) not in text)
 
 
 def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -77,6 +77,24 @@ def adapter_modules(attachment: Attachment, parts: HostParts) -> dict[str, nn.Mo
     return modules
 
 
+def savable_modules(attachment: Attachment, parts: HostParts) -> dict[str, nn.Module]:
+    """The modules of :func:`adapter_modules`, whose weights can be saved.
+
+    Raises:
+        ValueError: as :func:`adapter_modules`, or the blocks' weights are in pieces that nobody here puts together.
+    """
+    modules = adapter_modules(attachment, parts)
+    for prefix, module in modules.items():
+        found = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        for name, shape in attachment.shapes.items() if prefix != "projector" else ():
+            if found.get(name) != shape:
+                raise ValueError(
+                    f"{prefix}.{name} has shape {tuple(found.get(name, ()))}, but whole it has {tuple(shape)}: an "
+                    "adapter is put together from shards of FSDP2 (fully_shard) alone"
+                )
+    return modules
+
+
 def describe_base(parts: HostParts) -> dict[str, Any]:
     """The properties of a host that an adapter depends on."""
     config: Any = getattr(parts.model, "config", None)
@@ -111,7 +129,7 @@ def save_adapter(
     Of processes that share a model in shards, all have to call this, and the first one writes. ``shown_as`` is what the
     card tells its readers to load; None for a folder.
     """
-    modules = adapter_modules(attachment, parts)
+    modules = savable_modules(attachment, parts)
     mark = uuid4().hex
     description = {
         "format": _FORMAT,

@@ -129,11 +129,17 @@ class Encoding:
         levels = group.levels
         # Inputs of a frozen encoder may require grad (activation checkpointing does that); its features need none, and
         # two checkpointed layers must not share a graph.
-        if not any(parameter.requires_grad for parameter in self._tap.encoder.parameters()):
+        if not self._encoder_trains():
             levels = tuple(level.detach() for level in levels)
         elif any(level.requires_grad for level in levels):
             refuse_reentrant(self._layers)
         return Tiles(group.numbers, levels, group.saliency, group.grid, token_grid)
+
+    def _encoder_trains(self) -> bool:
+        """Whether anything of the encoder does, a projector inside it aside."""
+        projector = self._projector()
+        aside = set() if projector is None else set(map(id, projector.parameters()))
+        return any(p.requires_grad and id(p) not in aside for p in self._tap.encoder.parameters())
 
 
 def _slots_before_ends(tiles: int, token_grid: Grid, ends: int) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from torch import nn
 
 from vision_remember.adapters.attachment import Attachment
-from vision_remember.adapters.checkpoint import adapter_modules, save_adapter
+from vision_remember.adapters.checkpoint import savable_modules, save_adapter
 from vision_remember.adapters.compress import CompressionHandle
-from vision_remember.adapters.resolve import HostParts, resolve
+from vision_remember.adapters.resolve import HostParts, adapted_part, encoders, resolve
 from vision_remember.adapters.share import push_adapter
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.config import VisionRememberConfig
@@ -92,20 +92,22 @@ class VisionRememberHandle:
             vr_lr: of the blocks.
             projector_lr: of the projector.
             encoder_lr: of the vision encoder.
-            weight_decay: of matrices; norms, biases and other vectors have none, in groups of their own.
+            weight_decay: of matrices; norms, biases (those of positions too) and other vectors have none, in groups of
+                their own.
 
         Raises:
             ValueError: a rate for a part that does not train, or nothing trains.
         """
         rates = {"Vision Remember": vr_lr, "projector": projector_lr, "encoder": encoder_lr, "language model": None}
         groups: list[dict[str, Any]] = []
+        positions = {id(p) for name, p in self.module.named_parameters() if name.endswith("interaction.position")}
         for name, parameters in self._parameters(self._parts()).items():
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             own = rates[name]
             if own is not None and not trained:
                 raise ValueError(f"a learning rate of {own} for the {name}, which does not train; set_phase(...) first")
-            decayed = [p for p in trained if p.ndim > 1] if weight_decay else []
-            others = [p for p in trained if p.ndim <= 1] if weight_decay else trained
+            kept = {id(p) for p in trained if p.ndim <= 1 or not weight_decay} | positions
+            decayed, others = ([p for p in trained if (id(p) in kept) is whether] for whether in (False, True))
             for chosen, decay in ((decayed, weight_decay), (others, 0.0)):
                 if chosen:
                     rate = lr if own is None else own
@@ -135,17 +137,21 @@ class VisionRememberHandle:
 
         Args:
             phase: 1 trains the projector and the blocks; 2 trains the language model too.
-            train_encoder: train the vision encoder too (phase 2 only; the paper's main comparison does).
+            train_encoder: train the vision encoder too (phase 2 only; the paper's main comparison does), and those of
+                video or sound beside it.
 
         Raises:
-            ValueError: another phase, the encoder in phase 1, or quantised weights where the phase trains. What trains
-                is then as it was.
+            ValueError: another phase, the encoder in phase 1, a PEFT model, or quantised weights where the phase
+                trains. What trains is then as it was.
         """
         if phase not in (1, 2) or (phase == 1 and train_encoder):
             raise ValueError(
                 f"phase={phase!r}, train_encoder={train_encoder}: expected phase 1, or 2 with or without it"
             )
         parts = self._parts()
+        adapted = adapted_part(parts.model)
+        if adapted is not None:
+            raise ValueError(f"PEFT has put an adapter around {adapted}: in a PEFT model, PEFT chooses what trains")
         groups = self._parameters(parts)
         chosen = ["Vision Remember", "projector"]
         if phase == 2:
@@ -163,9 +169,10 @@ class VisionRememberHandle:
         """Looks, before hours of training, whether :meth:`save_pretrained` can save what is attached.
 
         Raises:
-            ValueError: PEFT adapts parts of the blocks or of a compressed projector, which no adapter folder can hold.
+            ValueError: PEFT adapts parts of the blocks or of a compressed projector, which no adapter folder can hold,
+                or the blocks are in shards of anything but FSDP2.
         """
-        adapter_modules(self._attachment, self._parts())
+        savable_modules(self._attachment, self._parts())
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes an adapter folder: the blocks, the projector if it was swapped, configuration and model card.
@@ -255,15 +262,19 @@ class VisionRememberHandle:
         return [(n, sum(p.numel() for p in g), any(p.requires_grad for p in g)) for n, g in groups]
 
     def _parameters(self, parts: HostParts) -> dict[str, list[nn.Parameter]]:
-        """The parameters of the four parts that train apart from each other."""
-        blocks = list(self.module.parameters())
-        groups = {
-            "Vision Remember": blocks,
-            "projector": list(parts.projector.parameters()) if parts.projector else [],
-            "encoder": list(parts.encoder.parameters()),
+        """The parameters of the four parts that train apart from each other, each in one of them."""
+        holders: dict[str, list[nn.Module]] = {
+            "Vision Remember": [self.module],
+            "projector": [] if parts.projector is None else [parts.projector],
+            "encoder": encoders(parts),  # behind the projector, which some encoders hold
+            "language model": [parts.model],
         }
-        counted = {id(parameter) for group in groups.values() for parameter in group}
-        groups["language model"] = [p for p in parts.model.parameters() if id(p) not in counted]
+        groups: dict[str, list[nn.Parameter]] = {}
+        counted: set[int] = set()
+        for name, modules in holders.items():
+            held = {id(p): p for module in modules for p in module.parameters()}
+            groups[name] = [p for number, p in held.items() if number not in counted]
+            counted.update(held)
         return groups
 
 

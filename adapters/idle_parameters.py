@@ -12,25 +12,25 @@ from torch.distributed.tensor import DTensor
 from vision_remember.memory import Recall, VisionMemory
 
 
-def recall_nothing(base: nn.Module, level_dims: Sequence[int], modules: Iterable[nn.Module]) -> Recall:
-    """A recall without any image, which gives the blocks gradients of zero; and ``modules`` too, on several processes.
+def recall_nothing(module: nn.Module, level_dims: Sequence[int], parameters: Iterable[nn.Parameter]) -> Recall:
+    """A recall without any image, which gives blocks gradients of zero; and ``parameters`` too, on several processes.
 
     Processes that train together exchange gradients of the same parameters in every step: one whose batch is text only
-    would have none for the projector, and the others would wait for it. A single process leaves the modules alone: its
+    would have none for the projector, and the others would wait for it. A single process leaves these alone: its
     optimiser skips what has no gradient.
 
     Args:
-        base: the host's module.
+        module: of the host, for device and dtype.
         level_dims: c of each level.
-        modules: whose parameters only images reach.
+        parameters: those that only images reach.
     """
-    like = next(p for p in base.parameters() if p.is_floating_point())
+    like = next(p for p in module.parameters() if p.is_floating_point())
     recall = VisionMemory.nothing(level_dims, like)
     if not (dist.is_available() and dist.is_initialized()):
         return recall
     ((memory, layout),) = recall.parts
     first, *others = memory.levels
-    first = _joined_to(first, (p for module in modules for p in module.parameters()))
+    first = _joined_to(first, parameters)
     return Recall(((replace(memory, levels=(first, *others)), layout),))
 
 

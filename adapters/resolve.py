@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from vision_remember.adapters.decoders import DECODERS
 from vision_remember.adapters.discover import discover
@@ -92,6 +93,12 @@ def adapted_part(module: nn.Module) -> str | None:
     """The name of a part that PEFT has put a layer of its own around; None if there is none."""
     wrapped = (name for name, m in module.named_modules() if hasattr(m, "base_layer") or hasattr(m, "original_module"))
     return next(wrapped, None)
+
+
+def encoders(parts: HostParts) -> list[nn.Module]:
+    """The vision encoder, and whatever stands beside it and reads pixels or sound: of video, say."""
+    readers = [m for m in parts.model.modules() if isinstance(m, PreTrainedModel) and m.main_input_name != "input_ids"]
+    return [parts.encoder, *(reader for reader in readers if parts.decoder not in reader.modules())]
 
 
 def resolve(model: nn.Module, spec: MLLMSpec | None = None) -> HostParts:

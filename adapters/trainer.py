@@ -37,14 +37,15 @@ class VisionRememberCallback(TrainerCallback):
     Args:
         layers: as for :func:`vision_remember.attach_vision_remember`; leave it out for a model with Vision Remember.
         phase: what trains, see :meth:`VisionRememberHandle.set_phase`; None leaves that to you (and to PEFT).
-        train_encoder: as for ``set_phase``.
+        train_encoder: as for ``set_phase``; goes with a phase.
         **options: further arguments of ``attach_vision_remember``.
 
     Raises:
         ValueError: when the Trainer is built: arguments for a model with Vision Remember, a phase for a PEFT model,
-            blocks or a compressed projector that LoRA adapts, since no adapter folder can hold that, or what
-            ``attach_vision_remember`` and ``set_phase`` refuse. When it resumes: a checkpoint without an adapter, or of
-            another run.
+            ``train_encoder`` without a phase, blocks or a compressed projector that LoRA adapts, since no adapter
+            folder can hold that, or what ``attach_vision_remember`` and ``set_phase`` refuse. When it trains: a model
+            that ``model_init`` made anew, or shards that cannot be saved. When it resumes: a checkpoint without an
+            adapter, or of another run.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class VisionRememberCallback(TrainerCallback):
         host = unwrapped(model)
         if self._phase is not None and host is not model:
             raise ValueError(f"phase={self._phase}: in a PEFT model, PEFT chooses what trains; leave the phase out")
+        if self._phase is None and self._train_encoder:
+            raise ValueError("train_encoder=True without a phase would have no effect: phase=2 trains the encoder too")
         self._model, attachment = model, find_attachment(model)
         if attachment is None:
             self._handle = attach_vision_remember(model, **self._attach_options)
@@ -102,7 +105,14 @@ class VisionRememberCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """After a resume: restores the blocks, and the projector if it was swapped."""
+        """Looks whether this model trains and can be saved; after a resume: restores the blocks and the projector."""
+        assert self._model is not None
+        if find_attachment(kwargs["model"]) is not find_attachment(self._model):
+            raise ValueError(
+                "the Trainer trains another model than the one that has Vision Remember: model_init makes one anew; "
+                "pass the model itself, Trainer(model, ...)"
+            )
+        self.handle.check_savable()
         if state.global_step:
             self._restore(_resumed_checkpoint(args, state))
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -100,6 +101,7 @@ def work(rank: int, folder: str) -> None:
         if rank == 0:
             torch.save(found, Path(folder, f"{way}; logits.pt"))
     save_and_restore(Path(folder))
+    refuse_flat_shards(Path(folder))
     dist.destroy_process_group()
 
 
@@ -117,6 +119,17 @@ def save_and_restore(folder: Path) -> None:
     restore_vision_remember(other, folder / "adapter")
     for mine, read in zip(handle.module.parameters(), fresh.module.parameters(), strict=True):
         assert torch.equal(whole(mine), whole(read))
+
+
+def refuse_flat_shards(folder: Path) -> None:
+    """Those of FSDP's first version are in no shape to be saved."""
+    model, handle = model_and_handle(None)
+    handle.check_savable()
+    distributed("FSDP1", model)
+    for ask in (handle.check_savable, lambda: handle.save_pretrained(folder / "flat")):
+        with pytest.raises(ValueError, match=r"has shape \(.*, but whole it has \(.*from shards of FSDP2"):
+            ask()
+    assert not (folder / "flat").exists()
 
 
 def file_of(way: str, mode: str, name: str) -> str:

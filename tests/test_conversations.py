@@ -44,6 +44,11 @@ BAD: dict[str, tuple[Any, str]] = {
     "an empty answer": (with_turn(1, value=" \n"), r"turn 2 \(from gpt\) is empty"),
     "an answer of null": (with_turn(1, value=None), r"turn 2 \(from gpt\) is empty"),
     "a placeholder in an answer": (with_turn(1, value="<image>"), "turn 2: an answer holds <image>"),
+    "a placeholder in a system prompt": (
+        {"conversations": [{"from": "system", "value": "See <image>."}, *TEXT["conversations"]]},  # type: ignore[misc]
+        "turn 1: a system prompt holds <image>",
+    ),
+    "an image of an impossible name": ({**GOOD, "image": "x" * 300}, "no image .*xxx"),
     "another key": ({"id": "a", "messages": []}, r"no key 'conversations'; it has \['messages'\]"),
     "another key in a turn": (
         {**GOOD, "conversations": [{"role": "user", "content": "Hi."}]},
@@ -137,6 +142,42 @@ def test_a_truncated_image_is_found_when_it_is_opened(folder: Path, caplog: pyte
     assert "line 2, row 2" in caplog.text
     assert "the row before it takes its place" in caplog.text
     assert len(skipping[2]["images"]) == 1
+
+
+def test_an_image_that_vanishes_during_a_run_follows_bad_rows(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes())
+    file = write(folder, [GOOD, {**GOOD, "image": "b.png"}], "jsonl")
+    stopping, skipping = Conversations(file), Conversations(file, bad_rows="skip")
+    (folder / "b.png").unlink()
+    with pytest.raises(BadRowError, match=r"line 2, row 2: no image .*b\.png"):
+        _ = stopping[1]
+    assert skipping[1] == skipping[0]
+    assert "line 2, row 2: no image" in caplog.text
+
+
+def test_a_line_that_is_no_utf8_is_a_bad_row(folder: Path) -> None:
+    """Not a good one that fails once its turn comes."""
+    file = folder / "rows.jsonl"
+    lines = [json.dumps(TEXT).encode(), json.dumps(TEXT).replace("Hello", "Caf#").encode().replace(b"#", b"\xe9")]
+    file.write_bytes(b"\n".join(lines))
+    with pytest.raises(BadRowError, match="line 2, row 2: no UTF-8"):
+        Conversations(file)
+    assert len(Conversations(file, bad_rows="skip")) == 1
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_what_is_nested_too_deep_is_a_bad_row(folder: Path, kind: str) -> None:
+    file = folder / f"rows.{kind}"
+    file.write_text(("[" if kind == "json" else "") + '{"id": ' + "[" * 100_000)
+    with pytest.raises(BadRowError, match=r"line 1, row 1: .*(no JSON|breaks off)"):
+        Conversations(file)
+
+
+@pytest.mark.parametrize(("option", "word"), [("bad_rows", "skipp"), ("check_images", "decoded")])
+def test_words_that_mean_nothing_are_refused(folder: Path, option: str, word: str) -> None:
+    file = write(folder, [TEXT], "json")
+    with pytest.raises(ValueError, match=f"{option}='{word}': expected one of "):
+        Conversations(file, **{option: word})  # type: ignore[arg-type]
 
 
 def test_images_are_decoded_before_if_one_asks(folder: Path) -> None:

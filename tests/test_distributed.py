@@ -37,6 +37,7 @@ from tests.distributed import (
 from tests.fingerprint import Fingerprint
 from tests.hosts import batch, build_llava
 from tests.processors import llava_processor
+from tests.zoo_checks import subject
 from vision_remember import attach_vision_remember, load_vision_remember
 from vision_remember.adapters.checkpoint import WEIGHTS_FILE
 
@@ -150,3 +151,14 @@ def test_a_sharded_model_is_refused() -> None:
     with pytest.raises(ValueError, match="sharded already"):
         attach_vision_remember(model, [1])
     before.check(model)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("model_type", ["llava_next", "ovis2", "deepseek_vl_hybrid"])
+def test_all_that_trains_has_a_gradient_without_images(model_type: str) -> None:
+    """What hosts have beside encoder and projector too: the end of a row of tiles, a table of visual words."""
+    host = subject(model_type)
+    host.attach().set_phase(2)
+    ids = torch.randint(5, 20, (1, 7))
+    host.model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss.backward()
+    assert not [name for name, p in host.model.named_parameters() if p.requires_grad and p.grad is None]

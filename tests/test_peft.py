@@ -102,6 +102,18 @@ def test_checkpointing_changes_no_gradient(order: str, use_reentrant: bool) -> N
         torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_phases_are_refused_where_peft_chooses_what_trains(order: str) -> None:
+    """They would freeze LoRA and train what it adapts."""
+    model, handle = built(order)
+    before = structure(model)["trainable"]
+    with pytest.raises(ValueError, match="in a PEFT model, PEFT chooses what trains"):
+        handle.set_phase(2)
+    assert structure(model)["trainable"] == before
+    model.merge_and_unload()
+    handle.set_phase(1)
+
+
 def test_usual_targets_do_not_match_the_blocks() -> None:
     model = host()
     attach_vision_remember(model, LAYERS)

@@ -238,3 +238,14 @@ def test_quantised_linears_are_left_alone() -> None:
     assert torch.equal(remembered, logits(quantised(attached(build_llava())), **inputs))
     tokens = model.generate(**inputs, **GENERATE)
     assert tokens.shape[1] == inputs["input_ids"].shape[1] + GENERATE["max_new_tokens"]
+
+
+def test_weights_in_pieces_are_not_saved(tmp_path: Path) -> None:
+    """What shards a model may leave an empty tensor in a weight's place."""
+    handle = attach_vision_remember(build_llava(), LAYERS)
+    handle.module["3"].norm.weight.data = torch.empty(0)
+    with pytest.raises(
+        ValueError, match=r"vision_remember\.3\.norm\.weight has shape \(0,\), but whole it has \(48,\)"
+    ):
+        handle.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

@@ -72,6 +72,16 @@ def test_two_processes_train_as_one_and_resume(
     assert same(left_by(tmp_path / "resumed"), found)
 
 
+def test_an_encoder_trains_in_two_processes(tmp_path: Path) -> None:
+    """Nobody reads its last block, whose gradients the other process must not wait for."""
+    launch("DDP", "loop", tmp_path / "loop", train_encoder=True)
+    launch("DDP", "trainer", tmp_path / "trainer", train_encoder=True)
+    one, other = (left_by(tmp_path / backend) for backend in ("loop", "trainer"))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], atol=2e-4, rtol=1e-3, msg=name)
+
+
 def left_by(folder: Path) -> dict[str, torch.Tensor]:
     """The weights; put together from shards, those that two parts share come twice."""
     found = weights(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import LlavaNextForConditionalGeneration, TrainingArguments
 
 from examples.train import __main__ as command
-from examples.train import tiny
+from examples.train import tiny, with_trainer, with_trl
+from examples.train.loop import HEEDED, refuse_ignored
 from examples.train.options import Options, parse
 from examples.train.setup import prepare
 from examples.train.tiny import build_tiny
@@ -82,6 +84,41 @@ def test_trl_trains_as_the_trainer_does(losses: tuple[list[list[float]], list[Pa
     assert run("trl", tmp_path) == pytest.approx(trainer, abs=1e-5)
     one, other = weights(tmp_path), weights(folder)
     assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_run_goes_on_with_batches_of_another_size_where_it_was(
+    losses: tuple[list[list[float]], list[Path]], tmp_path: Path
+) -> None:
+    """As many conversations in a step, as on another number of GPUs: none twice, none left out."""
+    (straight, _), (folder, _) = losses
+    shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")
+    other = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    assert run("loop", tmp_path, resume=True, **other) == pytest.approx(straight, abs=1e-4)
+    expected = weights(folder)
+    for name, tensor in weights(tmp_path).items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_the_newest_checkpoint_stays_whatever_else_lies_there(
+    losses: tuple[list[list[float]], list[Path]], tmp_path: Path
+) -> None:
+    """A run that goes on from a checkpoint elsewhere, in a folder that holds later steps of another."""
+    for step in (8, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    named = losses[1][0] / "checkpoint-4"
+    run("loop", tmp_path, resume_from_checkpoint=named, save_total_limit=2, save_steps=100)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-9"}
+
+
+def test_the_loop_takes_shares_of_steps_and_no_limit_of_norms_as_the_trainer_does(tmp_path: Path) -> None:
+    options = {"max_grad_norm": 0, "save_steps": 0.5, "logging_steps": 0.5, "save_total_limit": 3}
+    found = [run(backend, tmp_path / backend, **options) for backend in ("loop", "trainer")]
+    assert len(found[0]) == len(found[1]) == 2
+    kept = [sorted(path.name for path in (tmp_path / name).glob("checkpoint-*")) for name in ("loop", "trainer")]
+    assert kept[0] == kept[1] == ["checkpoint-3", "checkpoint-6"]
+    one, other = (weights(tmp_path / backend) for backend in ("loop", "trainer"))
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], atol=1e-5, rtol=1e-4, msg=name)
 
@@ -164,12 +201,52 @@ def test_accelerates_configuration_names_the_layers_that_own_blocks() -> None:
         ({"projector": "avgpool"}, "unknown projector 'avgpool'"),
         ({"layers": 9}, r"layers=\[9\]: this decoder has layers 0..3"),
         ({"phase": 1, "encoder_lr": 1.0}, "rate of 1.0 for the encoder, which does not train"),
+        ({"optim": "sgd"}, r"optim='sgd', .*: these scripts train by AdamW"),
     ],
     ids=str,
 )
 def test_options_that_cannot_be_meant_are_errors(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         prepared(tmp_path, **change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"gradient_checkpointing": True}, {"save_strategy": "epoch"}, {"logging_nan_inf_filter": False}], ids=str
+)
+def test_what_the_loop_would_ignore_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    name, value = next(iter(change.items()))
+    with pytest.raises(ValueError, match=f"{name}={value!r}.*: the plain loop has no such setting"):
+        run("loop", tmp_path, **change)
+
+
+def test_what_the_loop_heeds_are_settings_of_the_trainer() -> None:
+    assert set(TrainingArguments.__dataclass_fields__) >= HEEDED
+
+
+@pytest.mark.parametrize("file", ["tiny.yaml", "phase1.yaml", "phase2.yaml"])
+def test_the_loop_takes_every_configuration(file: str, tmp_path: Path) -> None:
+    model = [] if file == "tiny.yaml" else ["--model", "tiny"]
+    words = ["--config", str(CONFIGS / file), *model, "--bf16", "false", "--output_dir", str(tmp_path)]
+    refuse_ignored(parse(words, TrainingArguments)[1])
+
+
+def test_the_scripts_have_the_same_settings_when_none_are_given(tmp_path: Path) -> None:
+    words = ["--model", "tiny", "--output_dir", str(tmp_path)]
+    seen = {}
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (with_trainer, with_trl):
+            patched.setattr(module, "prepare", lambda options, args: seen.update({type(args): args}) or _stop())
+            with pytest.raises(KeyboardInterrupt):
+                module.main(words)
+    trainer, trl = seen.values()
+    different = {
+        name for name in TrainingArguments.__dataclass_fields__ if getattr(trainer, name) != getattr(trl, name)
+    }
+    assert different <= {"accelerator_config"}
+
+
+def _stop() -> None:
+    raise KeyboardInterrupt
 
 
 def test_an_unknown_name_is_an_error(tmp_path: Path) -> None:

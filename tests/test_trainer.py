@@ -21,6 +21,7 @@ from tests.processors import llava_processor
 from vision_remember import attach_vision_remember, compress_projector, load_vision_remember
 from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.handle import VisionRememberHandle
+from vision_remember.adapters.load import restore_vision_remember
 from vision_remember.adapters.resolve import unwrapped
 from vision_remember.adapters.trainer import ADAPTER_FOLDER, VisionRememberCallback
 
@@ -174,6 +175,37 @@ def test_a_checkpoint_that_does_not_fit_is_refused(straight: tuple[Any, Path], t
         resume(tmp_path, LAYERS)
 
 
+def test_a_model_that_was_made_anew_for_training_is_refused(tmp_path: Path) -> None:
+    """It would train without blocks, and its checkpoints would hold those of the model that it replaced."""
+    options = {"max_steps": 1, "use_cpu": True, "remove_unused_columns": False, "disable_tqdm": True}
+    runner = hf.Trainer(
+        model_init=host,
+        args=hf.TrainingArguments(str(tmp_path), **options),
+        train_dataset=dataset(host()),
+        data_collator=collate,
+        callbacks=[VisionRememberCallback(LAYERS)],
+    )
+    with pytest.raises(ValueError, match="trains another model than the one that has Vision Remember: model_init"):
+        runner.train()
+
+
+def test_a_checkpoint_of_another_ratio_is_refused(tmp_path: Path) -> None:
+    """Its weights have the same shapes."""
+
+    def attached(ratio: int) -> tuple[Any, VisionRememberHandle]:
+        model = build_llava()
+        compress_projector(model, None, "adaptive_avg_pool", ratio=ratio)
+        return model, attach_vision_remember(model, LAYERS, interaction="global")
+
+    attached(4)[1].save_pretrained(tmp_path / "adapter")
+    model, handle = attached(16)
+    randomise(handle)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"has the projector .*'ratio': 4.*, but the model has .*'ratio': 16"):
+        restore_vision_remember(model, tmp_path / "adapter")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_checkpoint_from_elsewhere_has_to_be_named(straight: tuple[Any, Path], tmp_path: Path) -> None:
     expected, folder = straight
     elsewhere = str(folder / "checkpoint-2")
@@ -298,3 +330,11 @@ def test_the_callback_trains_the_encoder_when_told_to() -> None:
     model = host()
     VisionRememberCallback([1], phase=2, train_encoder=True).on_init_end(None, None, None, model=model)  # type: ignore[arg-type]
     assert all(parameter.requires_grad for parameter in model.model.vision_tower.parameters())
+
+
+def test_an_encoder_without_a_phase_is_refused(tmp_path: Path) -> None:
+    model = host()
+    before = structure(model)
+    with pytest.raises(ValueError, match="train_encoder=True without a phase would have no effect"):
+        trainer(model, tmp_path, VisionRememberCallback(LAYERS, train_encoder=True))
+    assert structure(model) == before

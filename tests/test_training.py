@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
+from tests.fingerprint import structure
 from tests.hosts import PAIRINGS, batch, build_llava, randomise, set_checkpointing
-from vision_remember import attach_vision_remember, compress_projector
+from vision_remember import attach_vision_remember, compress_projector, detach_vision_remember
 from vision_remember.adapters.activation_checkpointing import HOOKS_STAY_OUTSIDE
 
 
@@ -51,6 +53,25 @@ def test_checkpointing_gives_the_same_gradients(
     assert any("vision_remember" in name for name in actual)
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_torch_s_own_checkpointing_wraps_layers_with_blocks() -> None:
+    """As accelerate does for FSDP; detaching takes the blocks out of the wrapped layers."""
+    model = prepared("qwen2", "clip")
+    model.config.text_config.use_cache = False  # wrapped layers would fill a cache twice, attached or not
+    steps = batch(model, (1, 2, 0)), batch(model, (0,), seed=1)
+    expected = gradients(model, *steps)
+    detached = build_llava().train()
+    compress_projector(detached, None, "adaptive_avg_pool", ratio=4)
+    kind = type(model.model.language_model.layers[0])
+    for each in (model, detached):
+        apply_activation_checkpointing(each, check_fn=lambda module: isinstance(module, kind))
+    actual = {name.replace("_checkpoint_wrapped_module.", ""): g for name, g in gradients(model, *steps).items()}
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+    detach_vision_remember(model)
+    assert structure(model)["modules"] == structure(detached)["modules"]
 
 
 def test_checkpointing_switched_on_before_attach_reaches_the_blocks() -> None:

@@ -16,11 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -80,6 +81,7 @@ class Conversations(Dataset[dict[str, Any]]):
     it, the last one for the first, takes its place. So the order of the data is the same in every run.
 
     Raises:
+        ValueError: another word for ``bad_rows`` or ``check_images``.
         FileNotFoundError: no such file or folder.
         BadRowError: bad rows, with "stop", or no good one.
     """
@@ -93,6 +95,9 @@ class Conversations(Dataset[dict[str, Any]]):
         check_images: CheckImages = "exist",
     ) -> None:
         self.file, self.folder = Path(file), Path(images) if images is not None else Path(file).parent
+        for name, word, words in (("bad_rows", bad_rows, BadRows), ("check_images", check_images, CheckImages)):
+            if word not in get_args(words):
+                raise ValueError(f"{name}={word!r}: expected one of {', '.join(get_args(words))}")
         if not self.file.is_file():
             raise FileNotFoundError(f"{self.file}: no such file of conversations")
         if not self.folder.is_dir():
@@ -100,9 +105,9 @@ class Conversations(Dataset[dict[str, Any]]):
         self.bad_rows = bad_rows
         self.problems: list[str] = []
         self._places: list[Place] = []
-        for place, text in _rows(self.file):
+        for place, content in _rows(self.file):
             try:
-                row = self._parse(text)
+                row = self._parse(content)
                 if check_images == "decode":
                     _open_all(row)
                 self._places.append(place)
@@ -116,8 +121,8 @@ class Conversations(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         for attempt in range(len(self)):
             place = self._places[index - attempt]
-            row = self.row(index - attempt)
             try:
+                row = self.row(index - attempt)
                 return {"messages": row.messages(), "images": _open_all(row)}
             except BadRowError as error:
                 if self.bad_rows == "stop":
@@ -130,7 +135,7 @@ class Conversations(Dataset[dict[str, Any]]):
         place = self._places[index]
         with self.file.open("rb") as file:
             file.seek(place.start)
-            return self._parse(file.read(place.end - place.start).decode())
+            return self._parse(file.read(place.end - place.start))
 
     def _name(self, place: Place) -> str:
         return f"{self.file}, line {place.line}, row {place.number}"
@@ -147,10 +152,12 @@ class Conversations(Dataset[dict[str, Any]]):
         for problem in self.problems:
             logger.warning("%s; the row is skipped", problem)
 
-    def _parse(self, text: str) -> Row:
+    def _parse(self, content: bytes) -> Row:
         try:
-            data = json.loads(text)
-        except ValueError as error:
+            data = json.loads(content.decode())
+        except UnicodeDecodeError as error:
+            raise BadRowError(f"no UTF-8 ({error})") from error
+        except (ValueError, RecursionError) as error:
             raise BadRowError(f"no JSON ({error})") from error
         if not isinstance(data, dict):
             raise BadRowError(f"{type(data).__name__} instead of an object")
@@ -160,7 +167,7 @@ class Conversations(Dataset[dict[str, Any]]):
         if count != len(images):
             raise BadRowError(f"{len(images)} images, but {count} times {PLACEHOLDER} in what the human says")
         for image in images:
-            if not image.is_file():
+            if not os.path.isfile(image):  # unlike Path's own, it takes every name
                 raise BadRowError(f"no image {image}")
         return Row(turns, images)
 
@@ -190,8 +197,9 @@ def _turns(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
             raise BadRowError(f"turn {number} is from {turn['from']!r}: expected one of {', '.join(ROLES)}")
         if not isinstance(text, str) or not text.strip():
             raise BadRowError(f"turn {number} (from {turn['from']}) is empty")
-        if role == "assistant" and PLACEHOLDER in text:
-            raise BadRowError(f"turn {number}: an answer holds {PLACEHOLDER}")
+        if role != "user" and PLACEHOLDER in text:
+            where = "an answer" if role == "assistant" else "a system prompt"
+            raise BadRowError(f"turn {number}: {where} holds {PLACEHOLDER}")
         if role == "system" and number == 1:
             yield role, text
             continue
@@ -231,8 +239,8 @@ def _open_all(row: Row) -> list[Image.Image]:
     return images
 
 
-def _rows(file: Path) -> Iterator[tuple[Place, str]]:
-    """Each row's place and text, of a JSON list or of one object per line."""
+def _rows(file: Path) -> Iterator[tuple[Place, bytes]]:
+    """Each row's place and content, of a JSON list or of one object per line."""
     with file.open("rb") as opened:
         first = opened.read(1)
         while first.isspace():
@@ -240,17 +248,17 @@ def _rows(file: Path) -> Iterator[tuple[Place, str]]:
     return _of_list(file) if first == b"[" else _of_lines(file)
 
 
-def _of_lines(file: Path) -> Iterator[tuple[Place, str]]:
+def _of_lines(file: Path) -> Iterator[tuple[Place, bytes]]:
     with file.open("rb") as lines:
         start = number = 0
         for line, content in enumerate(lines, 1):
             if content.strip():
                 number += 1
-                yield Place(line, number, start, start + len(content)), content.decode(errors="replace")
+                yield Place(line, number, start, start + len(content)), content
             start += len(content)
 
 
-def _of_list(file: Path) -> Iterator[tuple[Place, str]]:
+def _of_list(file: Path) -> Iterator[tuple[Place, bytes]]:
     decoder = json.JSONDecoder()
     try:
         text = file.read_bytes().decode()  # not read_text, which would make one character of a line's two ends
@@ -264,11 +272,11 @@ def _of_list(file: Path) -> Iterator[tuple[Place, str]]:
         line, offset, counted = line + text.count("\n", counted, at), offset + len(text[counted:at].encode()), at
         try:
             _, end = decoder.raw_decode(text, at)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRowError(f"{file}, line {line}, row {number + 1}: the list breaks off here ({error})") from error
         number += 1
-        row = text[at:end]
-        yield Place(line, number, offset, offset + len(row.encode())), row
+        row = text[at:end].encode()
+        yield Place(line, number, offset, offset + len(row)), row
         at = _behind_spaces(text, end)
         if text[at : at + 1] not in (",", "]"):
             raise BadRowError(f"{file}, line {line}, row {number}: expected ',' or ']' behind it")

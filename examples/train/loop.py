@@ -6,14 +6,14 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import islice
 from math import ceil
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments, get_scheduler
@@ -25,6 +25,19 @@ from examples.train.setup import Run, checkpoints, prepare
 from vision_remember.adapters.sharding import is_sharded
 from vision_remember.adapters.trainer import ADAPTER_FOLDER
 
+HEEDED = {
+    *("output_dir", "resume_from_checkpoint", "seed", "data_seed", "use_cpu", "bf16", "tf32", "report_to"),
+    *("logging_steps", "save_steps", "save_total_limit", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "max_grad_norm", "dataloader_num_workers"),
+    *("ddp_find_unused_parameters", "ddp_backend", "ddp_timeout"),
+}
+"""The settings of a Trainer that this loop has too."""
+
+_OF_NO_CONSEQUENCE = {
+    *("remove_unused_columns", "disable_tqdm", "accelerator_config", "local_rank", "do_train", "dataloader_pin_memory"),
+}
+
 
 @dataclass
 class Progress:
@@ -33,13 +46,13 @@ class Progress:
     Attributes:
         step: steps done.
         epoch: epochs done.
-        batch: batches of this epoch done, in each process.
+        rows: conversations of this epoch done, by all processes.
         losses: of the steps that were logged.
     """
 
     step: int = 0
     epoch: int = 0
-    batch: int = 0
+    rows: int = 0
     losses: list[float] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,12 +75,17 @@ class Loop:
     def __init__(self, run: Run, args: TrainingArguments) -> None:
         assert args.output_dir is not None
         self.run, self.args, self.output_dir = run, args, Path(args.output_dir)
+        kind, options = run.optimizer
+        unused = args.ddp_find_unused_parameters
+        if unused is None:  # an encoder that trains has blocks behind the last one that is read
+            unused = any(group["name"] == "encoder" for group in options["params"])
         self.accelerator = Accelerator(
             cpu=args.use_cpu,
             mixed_precision="bf16" if args.bf16 else None,
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.data_seed or args.seed),
             log_with=args.report_to or None,
             project_dir=args.output_dir,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
         )
         loader = DataLoader(
             run.conversations,
@@ -78,10 +96,10 @@ class Loop:
             # Of its own, or a resumed run would draw once more from the generator of the model's random numbers.
             generator=torch.Generator(),
         )
-        kind, options = run.optimizer
         self.model, self.optimizer, self.loader = self.accelerator.prepare(run.model, kind(**options), loader)
         per_epoch = ceil(len(self.loader) / args.gradient_accumulation_steps)
         self.steps = args.max_steps if args.max_steps > 0 else ceil(args.num_train_epochs * per_epoch)
+        self.rows_at_once = args.per_device_train_batch_size * self.accelerator.num_processes
         # Not prepared: accelerate would step it once for each process.
         self.scheduler = get_scheduler(
             args.lr_scheduler_type,
@@ -98,23 +116,24 @@ class Loop:
     def train(self) -> list[float]:
         """From the run's checkpoint, if it has one, to the last step; returns the losses that were logged."""
         progress, args = self.progress, self.args
+        log_every, save_every = (_steps(every, self.steps) for every in (args.logging_steps, args.save_steps))
         if self.run.checkpoint is not None:
             self.accelerator.load_state(str(self.run.checkpoint))
         self.model.train()
         while progress.step < self.steps:
             self.loader.set_epoch(progress.epoch)
-            loader = self.accelerator.skip_first_batches(self.loader, progress.batch)
+            loader = self.accelerator.skip_first_batches(self.loader, progress.rows // self.rows_at_once)
             for batches in grouped(loader, args.gradient_accumulation_steps):
                 loss = self.step(batches)
                 progress.step += 1
-                progress.batch += len(batches)
-                if progress.step % args.logging_steps == 0:
+                progress.rows += len(batches) * self.rows_at_once
+                if progress.step % log_every == 0:
                     self.log(loss)
-                if progress.step % args.save_steps == 0 or progress.step == self.steps:
+                if progress.step % save_every == 0 or progress.step == self.steps:
                     self.save()
                 if progress.step == self.steps:
                     break
-            progress.epoch, progress.batch = progress.epoch + 1, 0
+            progress.epoch, progress.rows = progress.epoch + 1, 0
         return progress.losses
 
     def step(self, batches: list[dict[str, Tensor]]) -> Tensor:
@@ -129,7 +148,8 @@ class Loop:
                 # Processes' gradients are averaged, and these are parts of a sum.
                 accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach()
-        accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        if self.args.max_grad_norm > 0:  # 0 means no limit, as for the Trainer
+            accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -161,8 +181,10 @@ class Loop:
             if target.exists():
                 shutil.rmtree(target)
             os.rename(aside, target)
-            for old in checkpoints(self.output_dir)[: -(self.args.save_total_limit or len(os.listdir(target.parent)))]:
-                shutil.rmtree(old)
+            others = [folder for folder in checkpoints(self.output_dir) if folder != target]
+            if (limit := self.args.save_total_limit or 0) > 0:
+                for old in others[: max(0, len(others) + 1 - limit)]:
+                    shutil.rmtree(old)
         accelerator.wait_for_everyone()
 
     def save_adapter(self, folder: Path) -> None:
@@ -184,9 +206,27 @@ def grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
+def refuse_ignored(args: TrainingArguments) -> None:
+    """Raises ValueError for settings of a Trainer that somebody chose and this loop does not have."""
+    ignored = []
+    for each in fields(args):
+        value, usual = getattr(args, each.name), None if each.default is MISSING else each.default
+        # What is off has several spellings.
+        if each.name not in HEEDED | _OF_NO_CONSEQUENCE and value != usual and (value or usual):
+            ignored.append(f"{each.name}={getattr(value, 'value', value)!r}")
+    if ignored:
+        raise ValueError(f"{', '.join(ignored)}: the plain loop has no such setting; train by --backend trainer")
+
+
+def _steps(every: float, steps: int) -> int:
+    """So many steps; a number below 1 is a share of all steps, as for the Trainer."""
+    return ceil(steps * every) if every < 1 else int(every)
+
+
 def main(argv: list[str] | None = None) -> list[float]:
     """Trains; returns the losses that were logged."""
     options, args = parse(argv, TrainingArguments)
+    refuse_ignored(args)
     run = prepare(options, args)
     loop = Loop(run, args)
     losses = loop.train()

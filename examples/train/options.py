@@ -14,6 +14,8 @@ from trl import TrlParser  # type: ignore[attr-defined]
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
+
 
 @dataclass
 class Options:
@@ -103,6 +105,12 @@ def parse(argv: list[str] | None, kind: type[Arguments], **defaults: Any) -> tup
         raise ValueError(f"unknown arguments {' '.join(map(str, unknown))}: {hint}--help lists them all")
     if options.chat_template is not None:
         options.chat_template = str(_template(Path(options.chat_template), config))
+    if arguments.optim not in _ADAMW or arguments.optim_args or arguments.optim_target_modules:
+        optim = getattr(arguments.optim, "value", arguments.optim)
+        raise ValueError(
+            f"optim={optim!r}, optim_args={arguments.optim_args!r}, optim_target_modules="
+            f"{arguments.optim_target_modules!r}: these scripts train by AdamW, a group for each part of the model"
+        )
     if arguments.save_total_limit == 1:
         raise ValueError("save_total_limit=1: the last good checkpoint would go before the next is whole; 2 or more")
     return options, arguments

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
+from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from examples.train.conversations import Conversations
@@ -17,7 +18,8 @@ from vision_remember.adapters.trainer import VisionRememberCallback
 def main(argv: list[str] | None = None) -> list[float]:
     """Trains; returns the losses that were logged."""
     # A cut would remove image tokens; the rest is what the other scripts do.
-    same = {"assistant_only_loss": True, "bf16": False, "gradient_checkpointing": False}
+    same: dict[str, Any] = {"assistant_only_loss": True, "bf16": False, "gradient_checkpointing": False}
+    same |= {name: getattr(TrainingArguments, name) for name in ("learning_rate", "logging_steps")}
     options, args = parse(argv, SFTConfig, max_length=None, **same)
     run = prepare(options, args)
     trainer = SFTTrainer(
