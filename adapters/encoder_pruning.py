@@ -166,12 +166,17 @@ class EncoderPrunerAttachment(PrunerAttachment):
         if encoded.get("image") is not None:
             recalls += recalls_of(encoded["image"], places, "the pruner", "pruner")
             encoded["image"] = without_rows(encoded["image"])
-        elif any(kwargs.get(name) is not None for name in FEATURES["image"]):
-            method = INTERCEPTION.original(base, "get_image_features")
+        for modality, names in FEATURES.items():
+            if encoded.get(modality) is not None or all(kwargs.get(name) is None for name in names):
+                continue
+            method = INTERCEPTION.original(base, f"get_{modality}_features")
             arguments = {name: kwargs[name] for name in inspect.signature(method).parameters if name in kwargs}
-            encoded["image"], (memory,) = self._encode(base, method, **arguments, return_dict=True)
-            recalls.append(memory.recall_images(range(len(memory.spans)), places))
-            kwargs.update((name, None) for name in FEATURES["image"] if name in kwargs)
+            if modality == "image":
+                encoded[modality], (memory,) = self._encode(base, method, **arguments, return_dict=True)
+                recalls.append(memory.recall_images(range(len(memory.spans)), places))
+            else:  # stays whole; hosts take no raw pixels beside what is encoded
+                encoded[modality] = method(base, **arguments, return_dict=True)
+        kwargs.update((name, None) for names in FEATURES.values() for name in names if name in kwargs)
         kwargs["mm_encoder_outputs"] = encoded
         keep = torch.ones_like(places)
         for recall in recalls:
