@@ -178,12 +178,6 @@ def test_dropout_is_for_training() -> None:
     assert not torch.equal(module.train()(given), module(given))
 
 
-def test_qformer_checks_its_options() -> None:
-    for options in ({"num_layers": 0}, {"cross_every": 0}):
-        with pytest.raises(ValueError, match="expected positive numbers"):
-            qformer(**options)
-
-
 @pytest.mark.parametrize(
     ("state", "message"),
     [
