@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -193,12 +194,26 @@ class AttentionAttachment(EncoderPrunerAttachment):
     def __init__(self, parts: HostParts, name: str, pruner: EncoderPruner) -> None:
         super().__init__(parts, name, pruner)
         assert parts.feature_grid is not None
-        assert parts.projector is not None
-        self._cells, self._projector = parts.feature_grid, parts.projector
+        assert parts.spec.projector is not None
+        self._cells, self._projector = parts.feature_grid, parts.spec.projector
 
     def _follow(self) -> None:
         self._handles.append(self._blocks[self._level - 1].register_forward_pre_hook(self._look, with_kwargs=True))
-        self._handles.append(self._projector.register_forward_pre_hook(self._choose))
+
+    def _encode(
+        self, base: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> tuple[Any, tuple[VisionMemory, ...]]:
+        thread = threading.get_ident()
+
+        def choose(projector: nn.Module, given: tuple[Any, ...]) -> Any:
+            return self._choose(given) if threading.get_ident() == thread else None
+
+        # For this one call: PEFT may wrap or copy a projector at any time, and a copy must not take the hook along.
+        handle = find_module(self.model, self._projector, "projector").register_forward_pre_hook(choose)
+        try:
+            return super()._encode(base, method, *args, **kwargs)
+        finally:
+            handle.remove()
 
     def _look(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: reads the attention of the block that makes the features."""
@@ -206,11 +221,10 @@ class AttentionAttachment(EncoderPrunerAttachment):
             hidden = args[0] if args else kwargs["hidden_states"]
             choice.attention, choice.keys = patch_attention(block, self._encoder_spec, hidden, heads=self.pruner.heads)
 
-    def _choose(self, projector: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Hook: chooses among the tokens that the projector is about to make."""
+    def _choose(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The projector's arguments, changed by the choice among the tokens that it is about to make."""
         choice = self._choices.innermost()
-        if choice is None:
-            return None
+        assert choice is not None
         features: Tensor = args[0]
         self._check(features)
         assert choice.attention is not None

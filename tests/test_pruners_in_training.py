@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import peft
@@ -12,7 +13,7 @@ from torch import Tensor
 from tests.hosts import IMAGE_TOKEN, set_checkpointing
 from tests.pruning_hosts import build, logits, prompt
 from tests.test_pruners_at_work import every_pruner, pruned
-from tests.test_pruners_in_hosts import SMALL
+from tests.test_pruners_in_hosts import CLOSE, SMALL
 from vision_remember import attach_pruner
 from vision_remember.adapters.activation_checkpointing import HOOKS_STAY_OUTSIDE
 
@@ -74,3 +75,16 @@ def test_peft_around_a_pruned_model(name: str) -> None:
     before = logits(outside, inputs)
     handle.detach()
     assert not torch.allclose(logits(outside, inputs), before, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("name", ["faster_vlm", "vision_zip", "prumerge", "tome", "fastv"])
+def test_a_projector_that_peft_copies_after_attaching_is_followed(name: str) -> None:
+    """And the copy is one of the projector alone, not of the whole model by way of a hook."""
+    model, _ = pruned(name)
+    inputs = prompt(model)
+    expected = logits(model, inputs)
+    assert not copy.deepcopy(model.model.multi_modal_projector)._forward_pre_hooks
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["multi_modal_projector"])
+    trained = peft.get_peft_model(model, config).eval()
+    torch.testing.assert_close(logits(trained, inputs), expected, **CLOSE)
