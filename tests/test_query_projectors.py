@@ -199,6 +199,12 @@ def test_a_resampler_s_checkpoint_needs_queries_and_the_last_matrix() -> None:
             Resampler.import_state_dict(state)
 
 
+def test_a_blip_2_s_checkpoint_needs_queries() -> None:
+    """Everything else may belong to other parts; under another prefix all of it would."""
+    with pytest.raises(ValueError, match=r"no weight 'query_tokens': expected .*the first are 'model\.query_tokens'"):
+        QFormer.import_state_dict({"model.query_tokens": draw(1, 4, C)})
+
+
 # Honeybee's resampler
 
 LAYERS = 2

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vision_remember.grid import Grid, check_count
 from vision_remember.projectors.attention import Attention, mlp
 from vision_remember.projectors.base import Projector
+from vision_remember.projectors.checkpoints import taken
 from vision_remember.projectors.tables import learned_query_grid, resampled
 
 _NORM_EPS = 1e-12
@@ -147,12 +148,13 @@ class QFormer(Projector):
         Args:
             state_dict: of the whole model, or its parts ``query_tokens``, ``qformer`` and ``language_projection``. What
                 belongs to other parts, or to the text branch, is dropped.
+
+        Raises:
+            ValueError: no queries.
         """
-        imported = {}
+        imported = {"queries": taken(state_dict, "query_tokens")[0]}
         for name, weight in state_dict.items():
-            if name == "query_tokens":
-                imported["queries"] = weight[0]
-            elif name.startswith("language_projection."):
+            if name.startswith("language_projection."):
                 imported[name.replace("language_projection", "out")] = weight
             elif name.startswith("qformer.layernorm."):
                 imported[name.replace("qformer.layernorm", "query_norm")] = weight
