@@ -235,7 +235,8 @@ class AttentionAttachment(EncoderPrunerAttachment):
             features,
             self._grid,
         )
-        selection = self.pruner.select(evidence)
+        with torch.autocast(features.device.type, enabled=False):  # it would narrow what is to be compared
+            selection = self.pruner.select(evidence)
         choice.keep = selection.keep
         return (selection.features, *args[1:])
 

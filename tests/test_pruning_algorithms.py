@@ -144,6 +144,18 @@ def test_a_choice_in_the_encoder_equals_its_loop(name: str, grid: tuple[int, int
         torch.testing.assert_close(found.features[tile][stay].double(), wanted[stay], **close)
 
 
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_a_choice_in_the_encoder_works_under_autocast(name: str) -> None:
+    given, (pruner, _) = evidence((7, 7)), SELECTIONS[name]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = pruner.select(given)
+    plain = pruner.select(given)
+    assert found.features.dtype == plain.features.dtype
+    if name != "vision_zip":  # whose targets stay the same, but by likeness alone others may join them
+        torch.testing.assert_close(found.features, plain.features, atol=0.1, rtol=0.02)
+    assert torch.equal(found.keep, plain.keep)
+
+
 @pytest.mark.parametrize("name", [name for name in PRUNERS if name != "tome"])
 def test_options_are_the_fields(name: str) -> None:
     pruner = build_pruner(name)

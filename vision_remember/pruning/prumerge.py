@@ -70,7 +70,7 @@ class PruMerge(EncoderPruner):
         count = min(self.neighbours, likeness.shape[2] - 1)
         nearest = likeness.argsort(dim=2, descending=True, stable=True)[..., :count]
         weights = scores[:, None].expand_as(likeness)
-        return torch.zeros_like(likeness).scatter(2, nearest, weights.gather(2, nearest))
+        return torch.zeros_like(weights).scatter(2, nearest, weights.gather(2, nearest))
 
 
 @dataclass(frozen=True)
