@@ -303,8 +303,10 @@ def test_layers_that_the_decoder_lacks_are_named(pruner: DecoderPruner, message:
 
 
 def test_tokens_that_a_tile_lacks_are_named() -> None:
-    with pytest.raises(ValueError, match=r"dominant=54, contextual=10: a tile of this host has 60 tokens"):
+    with pytest.raises(ValueError, match="dominant=54, contextual=10: 64 tokens, but a tile of this host has 60"):
         VisionZip().check(60)
+    with pytest.raises(ValueError, match=r"contextual=0\.5: 86 tokens, but .* has 60; give less of either"):
+        VisionZip(dominant=0.93, contextual=0.5).check(60)
     with pytest.raises(ValueError, match="keep=70: a tile of this host has 64 tokens"):
         FasterVLM(keep=70).check(64)
 
