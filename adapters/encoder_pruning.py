@@ -149,6 +149,13 @@ class EncoderPrunerAttachment(PrunerAttachment):
         self, base: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> tuple[Any, tuple[VisionMemory, ...]]:
         """What the method returns, and which tokens stay, as memories of one channel."""
+        named = dict(zip(list(inspect.signature(method).parameters)[1:], args, strict=False)) | kwargs
+        level = feature_level(self.model, len(self._blocks), named.get("vision_feature_layer"))
+        if level != self._level:
+            raise ValueError(
+                f"the features of encoder level {level} are asked for, and the pruner was attached to those of level "
+                f"{self._level}: set model.config.vision_feature_layer, then attach"
+            )
         with self._choices.running(self.choice()) as choice:
             output, known = self._encoding.run(base, method, "image", *args, **kwargs)
         (memory,) = known
@@ -249,9 +256,16 @@ class AttentionAttachment(EncoderPrunerAttachment):
             )
 
 
-def feature_level(model: nn.Module, depth: int) -> int:
-    """The encoder level that a host's projector reads; the deepest where it reads several."""
-    layers: Any = getattr(model.config, "vision_feature_layer", -1)
+def feature_level(model: nn.Module, depth: int, layers: Any = None) -> int:
+    """The encoder level that a host's projector reads; the deepest where it reads several.
+
+    Args:
+        model: the host.
+        depth: of its encoder.
+        layers: what a call asks for; None for what the configuration says.
+    """
+    if layers is None:
+        layers = getattr(model.config, "vision_feature_layer", -1)
     chosen = [-1] if layers is None else [layers] if isinstance(layers, int) else list(layers)
     return max(layer if layer >= 0 else depth + 1 + layer for layer in chosen)
 

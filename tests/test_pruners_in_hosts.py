@@ -199,3 +199,22 @@ def test_pruners_of_the_encoder_leave_video_whole(host: str, images: list[tuple[
     options = {**GREEDY, "suppress_tokens": [IMAGE_TOKEN, tiled.VIDEO_TOKEN]}
     first = model.generate(**inputs, **options).logits[0]
     torch.testing.assert_close(first, found[:, -1], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["faster_vlm", "tome"])
+def test_features_of_another_level_than_when_attached_are_refused(name: str) -> None:
+    """The attention of one block would choose among, or be merged for, the features of another."""
+    model = build("llava")
+    inputs = prompt(model)
+    own = model.config.vision_feature_layer
+    attach_pruner(model, name, **SMALL[name])
+    expected = logits(model, inputs)
+    assert torch.equal(logits(model, inputs, vision_feature_layer=own), expected)
+    message = "the features of encoder level 4 are asked for, and the pruner was attached to those of level 5"
+    with pytest.raises(ValueError, match=message):
+        logits(model, inputs, vision_feature_layer=-3)
+    with pytest.raises(ValueError, match=message):
+        model.model.get_image_features(inputs["pixel_values"], -3)
+    model.config.vision_feature_layer = -3
+    with pytest.raises(ValueError, match=message):
+        logits(model, inputs)
