@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_remember.adapters.attention_rows import attention_rows
+from vision_remember.adapters.pruner_attachment import find_pruner
 from vision_remember.adapters.resolve import HostParts, resolve
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.adapters.tokens import placeholders
@@ -50,10 +51,16 @@ def attention_density(
         Densities, (layers, B, heads), on the CPU.
 
     Raises:
-        ValueError: an unknown host or query choice, a mask of another shape, no query at all, or a decoder that does
-            not attend through transformers' attention functions.
+        ValueError: an unknown host or query choice, a mask of another shape, no query at all, a pruner that is not
+            disabled, or a decoder that does not attend through transformers' attention functions.
     """
     parts = resolve(model, spec)
+    pruner = find_pruner(model)
+    if pruner is not None and pruner.enabled:
+        raise ValueError(
+            f"a pruner is attached ({pruner.name}), and later layers are given fewer tokens than the prompt has: "
+            "measure inside `with pruner.disabled():`"
+        )
     inputs = dict(inputs)
     labels = inputs.pop("labels", None)
     groups = groups_of(parts, inputs)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 Read = Callable[[int, Tensor, Tensor], None]
@@ -25,6 +25,8 @@ Read = Callable[[int, Tensor, Tensor], None]
 _IMPLEMENTATION = "_attn_implementation_internal"
 _ONLY_EAGER = ("softcap", "s_aux")
 """Arguments of an attention function that the kernels of torch know nothing of."""
+_ONE_AT_A_TIME = threading.RLock()
+"""Of a configuration that several threads change, none would know how it was before."""
 
 
 @contextmanager
@@ -33,7 +35,8 @@ def attention_rows(decoder: nn.Module, layers: nn.ModuleList, positions: Tensor,
 
     The pass runs on torch's fused kernel, on the model's own eager function where it ran on that or has what the kernel
     lacks (a soft cap). Afterwards the model and transformers are as before, whatever happened inside. Another thread
-    that runs the same model meanwhile gets right results and is not read.
+    that runs the same model meanwhile gets right results, with eager attention or SDPA, and is not read; one that wants
+    to read waits.
 
     Args:
         decoder: the language model.
@@ -45,7 +48,7 @@ def attention_rows(decoder: nn.Module, layers: nn.ModuleList, positions: Tensor,
     thread = threading.get_ident()
     owners = {module: index for index, layer in enumerate(layers) for module in layer.modules()}
     configs = {id(c): c for m in decoder.modules() if hasattr(c := getattr(m, "config", None), _IMPLEMENTATION)}
-    before = {key: getattr(config, _IMPLEMENTATION) for key, config in configs.items()}
+    before: dict[int, str] = {}
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
@@ -61,17 +64,19 @@ def attention_rows(decoder: nn.Module, layers: nn.ModuleList, positions: Tensor,
             return eager_function(module)(module, query, key, value, additive, **options)
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
 
-    try:
-        AttentionInterface.register(name, attention)
-        AttentionMaskInterface.register(name, _whole_mask)
-        for config in configs.values():
-            setattr(config, _IMPLEMENTATION, name)
-        yield
-    finally:
-        for key, config in configs.items():
-            setattr(config, _IMPLEMENTATION, before[key])
-        for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-            table._global_mapping.pop(name, None)
+    with _ONE_AT_A_TIME:
+        before.update((key, getattr(config, _IMPLEMENTATION)) for key, config in configs.items())
+        try:
+            AttentionInterface.register(name, attention)
+            AttentionMaskInterface.register(name, _whole_mask)
+            for config in configs.values():
+                setattr(config, _IMPLEMENTATION, name)
+            yield
+        finally:
+            for key, config in configs.items():
+                setattr(config, _IMPLEMENTATION, before[key])
+            for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+                table._global_mapping.pop(name, None)
 
 
 def eager_function(module: nn.Module) -> Callable[..., Any]:
@@ -88,8 +93,8 @@ def eager_function(module: nn.Module) -> Callable[..., Any]:
 
 
 def _whole_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """A boolean mask, (B, 1, S, S), never left out: the rows need it."""
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    """A mask to add to logits, (B, 1, S, S), never left out: the rows need it. Any attention function takes it."""
+    return eager_mask(*args, **{**kwargs, "allow_is_bidirectional_skip": False})
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.devices import refuse_absent
 from vision_remember.adapters.processor import PlaceholderCount, tokens_per_tile
+from vision_remember.adapters.pruner_attachment import find_pruner
 from vision_remember.adapters.resolve import HostParts, adapted_part, resolve
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.adapters.token_grid import PatchSize, tile_side
@@ -165,10 +166,17 @@ def compress_projector(
     Raises:
         ValueError: an unknown host, projector or option, an impossible grid, or a processor that does not belong to the
             model. Model and processor are then as they were.
-        RuntimeError: the projector is swapped already, or Vision Remember is attached on top of it.
+        RuntimeError: the projector is swapped already, or Vision Remember or a pruner of the encoder is attached on top
+            of it.
     """
     if find_attachment(model) is not None:
         raise RuntimeError("compress the projector first, then attach Vision Remember: it reads the token grid")
+    pruner = find_pruner(model)
+    if pruner is not None and pruner.pruner.where == "encoder":
+        raise RuntimeError(
+            f"the pruner {pruner.name} is attached, which chooses among the tokens of the model's own projector: "
+            "detach it first; pruners of the decoder go with a compressed projector"
+        )
     if (ratio is None) == (out_grid is None):
         raise ValueError(f"ratio={ratio}, out_grid={out_grid}: expected exactly one of the two")
     if PROJECTORS[name].needs_text:

@@ -47,7 +47,9 @@ def query_attention(
     if known is not None:
         past, key = known.shape[2], torch.cat([known.to(key), key], dim=2)
     groups = query.shape[1] // key.shape[1]
-    logits = query.unflatten(1, (-1, groups)).float() @ key[:, :, None].float().transpose(-1, -2) * attention.scaling
+    with torch.autocast(hidden.device.type, enabled=False):  # it would narrow what is to be compared
+        logits = query.unflatten(1, (-1, groups)).float() @ key[:, :, None].float().transpose(-1, -2)
+        logits = logits * attention.scaling
     logits = logits.flatten(1, 2).masked_fill(~visible[:, None], torch.finfo(torch.float32).min)
     return logits.softmax(-1)[..., past:]
 

@@ -37,9 +37,10 @@ def patch_attention(block: nn.Module, spec: EncoderSpec, hidden: Tensor, *, head
     parts = count if heads else 1
     asking, asked = (x.unflatten(-1, (parts, -1)).transpose(1, 2).float() for x in (query, keys))
     total = asked.new_zeros(len(asked), asked.shape[2])
-    for rows in asking.split(_ROWS, dim=2):
-        logits = rows @ asked.transpose(2, 3) / math.sqrt(asked.shape[-1])
-        total += logits.softmax(-1).sum((1, 2))
+    with torch.autocast(hidden.device.type, enabled=False):  # it would narrow what is to be compared
+        for rows in asking.split(_ROWS, dim=2):
+            logits = rows @ asked.transpose(2, 3) / math.sqrt(asked.shape[-1])
+            total += logits.softmax(-1).sum((1, 2))
     attention = total / (parts * asking.shape[2])
     return attention[:, spec.prefix_tokens :], keys[:, spec.prefix_tokens :].unflatten(-1, (count, -1))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -148,6 +149,13 @@ class EncoderPrunerAttachment(PrunerAttachment):
         self, base: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> tuple[Any, tuple[VisionMemory, ...]]:
         """What the method returns, and which tokens stay, as memories of one channel."""
+        named = dict(zip(list(inspect.signature(method).parameters)[1:], args, strict=False)) | kwargs
+        level = feature_level(self.model, len(self._blocks), named.get("vision_feature_layer"))
+        if level != self._level:
+            raise ValueError(
+                f"the features of encoder level {level} are asked for, and the pruner was attached to those of level "
+                f"{self._level}: set model.config.vision_feature_layer, then attach"
+            )
         with self._choices.running(self.choice()) as choice:
             output, known = self._encoding.run(base, method, "image", *args, **kwargs)
         (memory,) = known
@@ -166,12 +174,17 @@ class EncoderPrunerAttachment(PrunerAttachment):
         if encoded.get("image") is not None:
             recalls += recalls_of(encoded["image"], places, "the pruner", "pruner")
             encoded["image"] = without_rows(encoded["image"])
-        elif any(kwargs.get(name) is not None for name in FEATURES["image"]):
-            method = INTERCEPTION.original(base, "get_image_features")
+        for modality, names in FEATURES.items():
+            if encoded.get(modality) is not None or all(kwargs.get(name) is None for name in names):
+                continue
+            method = INTERCEPTION.original(base, f"get_{modality}_features")
             arguments = {name: kwargs[name] for name in inspect.signature(method).parameters if name in kwargs}
-            encoded["image"], (memory,) = self._encode(base, method, **arguments, return_dict=True)
-            recalls.append(memory.recall_images(range(len(memory.spans)), places))
-            kwargs.update((name, None) for name in FEATURES["image"] if name in kwargs)
+            if modality == "image":
+                encoded[modality], (memory,) = self._encode(base, method, **arguments, return_dict=True)
+                recalls.append(memory.recall_images(range(len(memory.spans)), places))
+            else:  # stays whole; hosts take no raw pixels beside what is encoded
+                encoded[modality] = method(base, **arguments, return_dict=True)
+        kwargs.update((name, None) for names in FEATURES.values() for name in names if name in kwargs)
         kwargs["mm_encoder_outputs"] = encoded
         keep = torch.ones_like(places)
         for recall in recalls:
@@ -188,12 +201,26 @@ class AttentionAttachment(EncoderPrunerAttachment):
     def __init__(self, parts: HostParts, name: str, pruner: EncoderPruner) -> None:
         super().__init__(parts, name, pruner)
         assert parts.feature_grid is not None
-        assert parts.projector is not None
-        self._cells, self._projector = parts.feature_grid, parts.projector
+        assert parts.spec.projector is not None
+        self._cells, self._projector = parts.feature_grid, parts.spec.projector
 
     def _follow(self) -> None:
         self._handles.append(self._blocks[self._level - 1].register_forward_pre_hook(self._look, with_kwargs=True))
-        self._handles.append(self._projector.register_forward_pre_hook(self._choose))
+
+    def _encode(
+        self, base: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> tuple[Any, tuple[VisionMemory, ...]]:
+        thread = threading.get_ident()
+
+        def choose(projector: nn.Module, given: tuple[Any, ...]) -> Any:
+            return self._choose(given) if threading.get_ident() == thread else None
+
+        # For this one call: PEFT may wrap or copy a projector at any time, and a copy must not take the hook along.
+        handle = find_module(self.model, self._projector, "projector").register_forward_pre_hook(choose)
+        try:
+            return super()._encode(base, method, *args, **kwargs)
+        finally:
+            handle.remove()
 
     def _look(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: reads the attention of the block that makes the features."""
@@ -201,11 +228,10 @@ class AttentionAttachment(EncoderPrunerAttachment):
             hidden = args[0] if args else kwargs["hidden_states"]
             choice.attention, choice.keys = patch_attention(block, self._encoder_spec, hidden, heads=self.pruner.heads)
 
-    def _choose(self, projector: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Hook: chooses among the tokens that the projector is about to make."""
+    def _choose(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The projector's arguments, changed by the choice among the tokens that it is about to make."""
         choice = self._choices.innermost()
-        if choice is None:
-            return None
+        assert choice is not None
         features: Tensor = args[0]
         self._check(features)
         assert choice.attention is not None
@@ -216,7 +242,8 @@ class AttentionAttachment(EncoderPrunerAttachment):
             features,
             self._grid,
         )
-        selection = self.pruner.select(evidence)
+        with torch.autocast(features.device.type, enabled=False):  # it would narrow what is to be compared
+            selection = self.pruner.select(evidence)
         choice.keep = selection.keep
         return (selection.features, *args[1:])
 
@@ -229,9 +256,16 @@ class AttentionAttachment(EncoderPrunerAttachment):
             )
 
 
-def feature_level(model: nn.Module, depth: int) -> int:
-    """The encoder level that a host's projector reads; the deepest where it reads several."""
-    layers: Any = getattr(model.config, "vision_feature_layer", -1)
+def feature_level(model: nn.Module, depth: int, layers: Any = None) -> int:
+    """The encoder level that a host's projector reads; the deepest where it reads several.
+
+    Args:
+        model: the host.
+        depth: of its encoder.
+        layers: what a call asks for; None for what the configuration says.
+    """
+    if layers is None:
+        layers = getattr(model.config, "vision_feature_layer", -1)
     chosen = [-1] if layers is None else [layers] if isinstance(layers, int) else list(layers)
     return max(layer if layer >= 0 else depth + 1 + layer for layer in chosen)
 

@@ -67,7 +67,8 @@ class Passage:
             stored: finds what the layer's cache holds from earlier calls: an empty one, or a layer of it.
         """
         if index == 0:
-            self._queries = self._pruner.queries(hidden.detach(), self._vision & self._real, self._real)
+            with torch.autocast(hidden.device.type, enabled=False):  # it would narrow what is to be compared
+                self._queries = self._pruner.queries(hidden.detach(), self._vision & self._real, self._real)
         for number, stage in enumerate(self._stages):
             if stage.layer == index:
                 if stage.attention_of == index:
@@ -130,7 +131,8 @@ class Passage:
         weights, counted = self._attention if self._attention is not None else (None, None)
         vision = self._left.to(device).gather(1, columns) & held
         tokens = Tokens(hidden, vision, self._initial.to(device), weights, counted)
-        kept: Kept = self._pruner.choose(number, tokens)
+        with torch.autocast(device.type, enabled=False):
+            kept: Kept = self._pruner.choose(number, tokens)
         self._attention = None
         # Padding goes too: it would be all that a short row holds.
         stays = held & self._real.to(device).gather(1, columns) & (~vision | kept.vision)

@@ -136,8 +136,12 @@ def pruned_layer(cache: Any, layer: nn.Module, batch: int, device: torch.device,
     if make and kind is not None:
         cache.layers.extend(kind() for _ in range(len(cache.layers), index + 1))
     found = cache.layers[index] if index < len(cache.layers) else None
-    if isinstance(found, PrunedLayer) or not make:
-        return found if isinstance(found, PrunedLayer) else None
+    if isinstance(found, PrunedLayer):
+        if found.seen == 0:  # after a reset, perhaps for a batch of another size
+            found.columns = found.columns.new_zeros(batch, 0)
+        return found
+    if not make:
+        return None
     if type(found) is not DynamicLayer or cache.offloading:
         raise ValueError(
             f"a cache of {type(found).__name__}{' that is offloaded' if cache.offloading else ''} cannot hold fewer "

@@ -64,7 +64,8 @@ class ToMeAttachment(EncoderPrunerAttachment):
         if index in range(1, self._level) and self._merges[index - 1]:
             assert merging.metric is not None
             count = self._merges[index - 1]
-            hidden, merging.merged = merge(hidden, merging.metric, merging.merged, count, spec.prefix_tokens)
+            with torch.autocast(hidden.device.type, enabled=False):  # it would narrow what is to be compared
+                hidden, merging.merged = merge(hidden, merging.metric, merging.merged, count, spec.prefix_tokens)
         merging.known[hidden.shape[1]] = merging.merged
         if index < self._level - 1:
             merging.metric = _metric(block, spec, hidden)

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.fingerprint import Fingerprint
 from tests.hosts import DECODER_CONFIGS, IMAGE_TOKEN, batch, build_llava, randomise
-from vision_remember import attach_vision_remember, attention_density
+from vision_remember import attach_pruner, attach_vision_remember, attention_density
 from vision_remember.adapters.attention_rows import attention_rows, eager_function
 from vision_remember.analysis import density, token_groups
 
@@ -252,6 +252,63 @@ def test_the_outputs_of_a_pass_that_is_read_are_those_of_any_other(decoder: str)
     assert len(seen) == 4  # not those of the other thread
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+def test_threads_measure_one_after_the_other() -> None:
+    """Each puts back what it found, so that the last of two at once would leave the first one's function behind."""
+    model, inputs = model_and_inputs()
+    expected, names = attention_density(model, inputs), implementations(model)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(attention_density(model, inputs))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    for measured in found:
+        torch.testing.assert_close(measured.vision, expected.vision, rtol=0, atol=0, equal_nan=True)
+    assert implementations(model) == names
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_pass_of_another_thread_outlives_the_reading(implementation: str) -> None:
+    """Its mask is made while this thread reads, its layers run afterwards."""
+    model, inputs = model_and_inputs()
+    model.set_attn_implementation(implementation)
+    decoder, ids = model.model.language_model, inputs["input_ids"]
+    with torch.no_grad():
+        expected = decoder(input_ids=ids).last_hidden_state
+    begun, go_on, found = threading.Event(), threading.Event(), []
+
+    def wait(*_: Any) -> None:
+        begun.set()
+        assert go_on.wait(60)
+
+    def work() -> None:
+        with torch.no_grad():
+            found.append(decoder(input_ids=ids).last_hidden_state)
+
+    handle = decoder.layers[0].register_forward_pre_hook(wait)
+    thread = threading.Thread(target=work)
+    with attention_rows(decoder, decoder.layers, torch.zeros(3, 1, dtype=torch.long), lambda *_: None):
+        thread.start()
+        assert begun.wait(60)
+    go_on.set()
+    thread.join()
+    handle.remove()
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fastv", "uniform"])
+def test_a_pruned_model_is_measured_whole_or_not_at_all(name: str) -> None:
+    model, inputs = model_and_inputs()
+    expected = attention_density(model, inputs)
+    handle = attach_pruner(model, name)
+    with pytest.raises(ValueError, match=r"a pruner is attached.*disabled\(\)"):
+        attention_density(model, inputs)
+    with handle.disabled():
+        found = attention_density(model, inputs).vision
+    torch.testing.assert_close(found, expected.vision, rtol=0, atol=0, equal_nan=True)
 
 
 def test_errors_say_what_came() -> None:

@@ -280,7 +280,12 @@ def test_a_budget_that_cannot_be_changes_nothing(with_processor: bool) -> None:
     handle = compress_projector(model, processor if with_processor else None, "matryoshka", ratio=4)
     handle.set_budget(36)
     counts = dict(processor.__dict__)
-    for wrong, message in ((100, "24x24 nest into 1, 4, 9"), (0, "tokens=0"), (2.5, "tokens=2.5")):
+    for wrong, message in (
+        (100, "24x24 nest into 1, 4, 9"),
+        (0, "tokens=0"),
+        (2.5, "tokens=2.5"),
+        (True, "tokens=True"),
+    ):
         with pytest.raises(ValueError, match=message):
             handle.set_budget(wrong)  # type: ignore[arg-type]
         assert dict(processor.__dict__) == counts

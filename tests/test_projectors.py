@@ -193,6 +193,26 @@ def test_options_that_do_not_fit_are_errors(name: str, options: dict[str, Any], 
         projector(name, **options)
 
 
+COUNTS = [
+    (name, option)
+    for name, cls in PROJECTORS.items()
+    for option, parameter in inspect.signature(cls).parameters.items()
+    if parameter.annotation in ("int", "int | None") and option != "ratio"
+]
+MAY_BE_NONE_AT_ALL = {("c_abstractor", "depth"), ("deformable_pool", "num_layers")}
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "2"], ids=repr)
+@pytest.mark.parametrize(("name", "option"), COUNTS)
+def test_counts_and_widths_are_whole_numbers(name: str, option: str, wrong: Any) -> None:
+    """Zero must not pass for an option that was left out."""
+    if wrong == 0 and ((name, option) in MAY_BE_NONE_AT_ALL or option == "end_tokens"):
+        assert projector(name, **{option: 0}).options()[option] == 0
+        return
+    with pytest.raises(ValueError, match=f"{option}={wrong!r}: expected a"):
+        PROJECTORS[name](**{"in_dim": 16, "out_dim": 24, **OPTIONS.get(name, {}), option: wrong})
+
+
 @pytest.mark.parametrize(
     ("cells", "too_wide", "grid", "message"),
     [

@@ -81,6 +81,17 @@ def test_a_compressed_projector_goes_with_pruners_of_the_decoder(name: str) -> N
     assert handle.tokens_per_layer[-1].tolist() == [8, 16, 0]
 
 
+@pytest.mark.parametrize("name", ["vision_zip", "tome"])
+def test_the_projector_under_a_pruner_of_the_encoder_is_not_compressed(name: str) -> None:
+    model, _ = pruned(name)
+    inputs = prompt(model)
+    expected, state = logits(model, inputs), Fingerprint(model)
+    with pytest.raises(RuntimeError, match=f"the pruner {name} is attached.*detach it first"):
+        compress_projector(model, None, "adaptive_avg_pool", ratio=4)
+    state.check(model)
+    assert torch.equal(logits(model, inputs), expected)
+
+
 @pytest.mark.parametrize(
     ("decoder", "name", "message"),
     [

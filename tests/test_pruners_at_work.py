@@ -370,3 +370,20 @@ def test_a_pruned_layer_follows_the_operations_of_its_cache() -> None:
         assert late.get_seq_length() == length
         cache.reset()
         assert late.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("counts", [(2, 1), (0, 0), (1,)], ids=str)
+def test_a_cache_that_was_reset_serves_a_batch_of_any_size(counts: tuple[int, ...]) -> None:
+    model, _ = pruned("fastv")
+    cache, inputs = hf.DynamicCache(), prompt(model, counts, seed=4)
+    with torch.no_grad():
+        model(**prompt(model, (1, 2, 0)), **{CACHE: cache}, use_cache=True)
+        cache.reset()
+        found = model(**inputs, **{CACHE: cache}, use_cache=True).logits
+        more = torch.full((len(counts), 1), 7)
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1)
+        found = torch.cat([found, model(input_ids=more, attention_mask=mask, **{CACHE: cache}).logits], 1)
+        fresh = hf.DynamicCache()
+        wanted = model(**inputs, **{CACHE: fresh}, use_cache=True).logits
+        wanted = torch.cat([wanted, model(input_ids=more, attention_mask=mask, **{CACHE: fresh}).logits], 1)
+    assert torch.equal(found, wanted)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests import pruning_oracle as oracle
 from tests import pruning_reference as reference
+from tests import test_tiled_hosts as tiled
 from tests.fingerprint import Fingerprint
 from tests.hosts import IMAGE_TOKEN
 from tests.pruning_hosts import DECODERS, HOSTS, build, logits, prompt, row_of
@@ -173,3 +174,47 @@ def test_detach_gives_the_host_back(host: str, name: str) -> None:
     assert torch.equal(logits(model, inputs), before)
     handle.detach()
     assert "detached" in repr(handle)
+
+
+@pytest.mark.parametrize("name", ["faster_vlm", "vision_zip", "tome", "uniform"])
+@pytest.mark.parametrize("images", [[], [(40, 61), (90, 80)]], ids=["video", "images and video"])
+@pytest.mark.parametrize("host", tiled.WITH_VIDEO)
+def test_pruners_of_the_encoder_leave_video_whole(host: str, images: list[tuple[int, int]], name: str) -> None:
+    """Those of the decoder do not; in a forward pass and in generate(), which encodes ahead."""
+    model = tiled.build(host)
+    inputs = tiled.video_prompt(model, 3, images)
+    before = logits(model, inputs)
+    handle = attach_pruner(model, name, **SMALL[name])
+    found = logits(model, inputs)
+    left = handle.tokens_per_layer
+    assert left is not None
+    total, video = (int((inputs["input_ids"] == token).sum()) for token in (IMAGE_TOKEN, tiled.VIDEO_TOKEN))
+    if name == "uniform":
+        assert left[0, 0] == round((total + video) * 0.5)
+    elif images:
+        assert video < left[0, 0] < total * 0.7 + video
+    else:
+        assert left[0, 0] == video
+        assert torch.equal(found, before)
+    options = {**GREEDY, "suppress_tokens": [IMAGE_TOKEN, tiled.VIDEO_TOKEN]}
+    first = model.generate(**inputs, **options).logits[0]
+    torch.testing.assert_close(first, found[:, -1], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["faster_vlm", "tome"])
+def test_features_of_another_level_than_when_attached_are_refused(name: str) -> None:
+    """The attention of one block would choose among, or be merged for, the features of another."""
+    model = build("llava")
+    inputs = prompt(model)
+    own = model.config.vision_feature_layer
+    attach_pruner(model, name, **SMALL[name])
+    expected = logits(model, inputs)
+    assert torch.equal(logits(model, inputs, vision_feature_layer=own), expected)
+    message = "the features of encoder level 4 are asked for, and the pruner was attached to those of level 5"
+    with pytest.raises(ValueError, match=message):
+        logits(model, inputs, vision_feature_layer=-3)
+    with pytest.raises(ValueError, match=message):
+        model.model.get_image_features(inputs["pixel_values"], -3)
+    model.config.vision_feature_layer = -3
+    with pytest.raises(ValueError, match=message):
+        logits(model, inputs)

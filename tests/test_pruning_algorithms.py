@@ -144,6 +144,18 @@ def test_a_choice_in_the_encoder_equals_its_loop(name: str, grid: tuple[int, int
         torch.testing.assert_close(found.features[tile][stay].double(), wanted[stay], **close)
 
 
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_a_choice_in_the_encoder_works_under_autocast(name: str) -> None:
+    given, (pruner, _) = evidence((7, 7)), SELECTIONS[name]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = pruner.select(given)
+    plain = pruner.select(given)
+    assert found.features.dtype == plain.features.dtype
+    if name != "vision_zip":  # whose targets stay the same, but by likeness alone others may join them
+        torch.testing.assert_close(found.features, plain.features, atol=0.1, rtol=0.02)
+    assert torch.equal(found.keep, plain.keep)
+
+
 @pytest.mark.parametrize("name", [name for name in PRUNERS if name != "tome"])
 def test_options_are_the_fields(name: str) -> None:
     pruner = build_pruner(name)
@@ -254,7 +266,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("pyramid_drop", {"layers": (1, 2)}, "expected a share for each layer"),
     ("faster_vlm", {"keep": 0}, "keep=0: expected a share of a tile's tokens between 0 and 1, or their number"),
     ("vision_zip", {"contextual": -1}, "contextual=-1"),
-    ("prumerge", {"neighbours": -2}, "neighbours=-2: expected 0 or more"),
+    ("prumerge", {"neighbours": -2}, "neighbours=-2: expected a whole number, 0 or more"),
+    ("prumerge", {"neighbours": 2.5}, r"neighbours=2\.5: expected a whole number, 0 or more"),
+    ("random", {"seed": "a"}, "seed='a': expected a whole number"),
+    ("sparse_vlm", {"layers": 3}, "layers=3: expected several"),
+    ("sparse_vlm", {"recycled": "a"}, "recycled='a': expected a share of the dropped tokens"),
     ("sparse_vlm", {"strength": 0}, r"strength=0: expected how much of \(tokens - rank\) is dropped, above 0 and up"),
     ("sparse_vlm", {"clusters": 2}, "clusters=2: expected the number of clusters for each recycled token, above 0"),
     ("sparse_vlm", {"recycled": 1.0}, r"recycled=1\.0: expected a share of the dropped tokens"),
@@ -287,8 +303,10 @@ def test_layers_that_the_decoder_lacks_are_named(pruner: DecoderPruner, message:
 
 
 def test_tokens_that_a_tile_lacks_are_named() -> None:
-    with pytest.raises(ValueError, match=r"dominant=54, contextual=10: a tile of this host has 60 tokens"):
+    with pytest.raises(ValueError, match="dominant=54, contextual=10: 64 tokens, but a tile of this host has 60"):
         VisionZip().check(60)
+    with pytest.raises(ValueError, match=r"contextual=0\.5: 86 tokens, but .* has 60; give less of either"):
+        VisionZip(dominant=0.93, contextual=0.5).check(60)
     with pytest.raises(ValueError, match="keep=70: a tile of this host has 64 tokens"):
         FasterVLM(keep=70).check(64)
 

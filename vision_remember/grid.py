@@ -8,10 +8,19 @@ Grid = tuple[int, int]
 """(rows, columns) of a raster; position (i, j) is element ``i * columns + j`` of a flattened sequence."""
 
 
-def check_count(name: str, value: object) -> None:
-    """Raises ValueError unless ``value`` is a positive whole number; ``name`` is for the message."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r}: expected a positive whole number")
+def check_count(name: str, value: object, *, lowest: int = 1) -> None:
+    """Raises ValueError unless ``value`` is a whole number, ``lowest`` or more; ``name`` is for the message."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+        expected = "a positive whole number" if lowest == 1 else f"a whole number, {lowest} or more"
+        raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def count_or(name: str, value: int | None, default: int) -> int:
+    """``value``, or ``default`` for None; raises ValueError unless it is a positive whole number."""
+    if value is None:
+        return default
+    check_count(name, value)
+    return value
 
 
 def check_grid(name: str, grid: Grid) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vision_remember.grid import Grid
+from vision_remember.grid import Grid, check_count
 from vision_remember.ops import local_attention
 from vision_remember.projectors.checkpoints import taken
 
@@ -30,7 +30,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, source_dim: int | None = None) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
+        check_count("num_heads", num_heads)
+        if dim % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide the attention width {dim}")
         self.num_heads = num_heads
         self.query = nn.Linear(dim, dim)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vision_remember.grid import Grid, check_grid, check_length, square_grid
+from vision_remember.grid import Grid, check_count, check_grid, check_length, square_grid
 
 
 class Projector(nn.Module):
@@ -21,7 +21,8 @@ class Projector(nn.Module):
         out_grid: (h, w) instead of a ratio. With neither, the grid stays as it is.
 
     Raises:
-        ValueError: both a ratio and a grid, or a ratio that is not the square of a whole number.
+        ValueError: both a ratio and a grid, a ratio that is not the square of a whole number, or a width that is no
+            positive whole number.
     """
 
     encoder_levels: ClassVar[tuple[int, ...]] = ()
@@ -39,6 +40,8 @@ class Projector(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, *, ratio: int | None = None, out_grid: Grid | None = None) -> None:
         super().__init__()
+        check_count("in_dim", in_dim)
+        check_count("out_dim", out_dim)
         if ratio is not None and out_grid is not None:
             raise ValueError(f"give ratio={ratio} or out_grid={out_grid}, not both")
         if ratio is not None and (type(ratio) is not int or ratio < 1 or math.isqrt(ratio) ** 2 != ratio):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vision_remember.grid import Grid, check_grid
+from vision_remember.grid import Grid, check_count, check_grid, count_or
 from vision_remember.projectors.adaptive_avg_pool import average_pooled
 from vision_remember.projectors.base import Projector
 from vision_remember.projectors.checkpoints import renamed
@@ -88,9 +88,9 @@ class CAbstractor(Projector):
         end_tokens: int = 0,
     ) -> None:
         super().__init__(in_dim, out_dim, ratio=ratio, out_grid=out_grid)
-        if depth < 0 or mlp_depth < 1:
-            raise ValueError(f"depth={depth}, mlp_depth={mlp_depth}: expected at least 0 blocks and 1 linear layer")
-        self.hidden_dim, self.depth, self.mlp_depth = hidden_dim or in_dim, depth, mlp_depth
+        check_count("depth", depth, lowest=0)
+        check_count("mlp_depth", mlp_depth)
+        self.hidden_dim, self.depth, self.mlp_depth = count_or("hidden_dim", hidden_dim, in_dim), depth, mlp_depth
         self.position_grid: Grid | None = None
         if position_grid is not None:
             check_grid("position_grid", position_grid)

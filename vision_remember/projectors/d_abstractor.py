@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vision_remember.grid import Grid, check_grid
+from vision_remember.grid import Grid, check_count, check_grid, count_or
 from vision_remember.projectors.attention import Attention
 from vision_remember.projectors.base import Projector
 from vision_remember.projectors.checkpoints import renamed, taken
@@ -125,10 +125,9 @@ class DAbstractor(Projector):
     ) -> None:
         super().__init__(in_dim, out_dim, ratio=ratio, out_grid=out_grid)
         check_grid("position_grid", position_grid)
-        if num_layers < 1:
-            raise ValueError(f"num_layers={num_layers}: expected a positive number")
-        width = hidden_dim or in_dim
-        self.ffn_dim = ffn_dim or width
+        check_count("num_layers", num_layers)
+        width = count_or("hidden_dim", hidden_dim, in_dim)
+        self.ffn_dim = count_or("ffn_dim", ffn_dim, width)
         self.num_heads, self.num_points, self.dropout = num_heads, num_points, dropout
         self.position_grid = (position_grid[0], position_grid[1])
         self.query_grid = learned_query_grid(query_grid, self.fixed_grid)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vision_remember.grid import Grid
+from vision_remember.grid import Grid, check_count
 from vision_remember.ops import deformable_sample
 
 
@@ -28,10 +28,10 @@ class DeformableAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, num_points: int) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
+        check_count("num_heads", num_heads)
+        check_count("num_points", num_points)
+        if dim % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide the attention width {dim}")
-        if num_points < 1:
-            raise ValueError(f"num_points={num_points}: expected a positive number")
         self.num_heads, self.num_points = num_heads, num_points
         self.offsets = nn.Linear(dim, num_heads * num_points * 2)
         self.weights = nn.Linear(dim, num_heads * num_points)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vision_remember.grid import Grid
+from vision_remember.grid import Grid, check_count, count_or
 from vision_remember.projectors.attention import mlp
 from vision_remember.projectors.base import Projector
 from vision_remember.projectors.deformable_attention import DeformableAttention, axis_places, raster_points
@@ -71,8 +71,9 @@ class DeformablePool(Projector):
         num_points: int = 4,
     ) -> None:
         super().__init__(in_dim, out_dim, ratio=ratio, out_grid=out_grid)
-        width = hidden_dim or in_dim
-        self.ffn_dim = ffn_dim or width
+        check_count("num_layers", num_layers, lowest=0)
+        width = count_or("hidden_dim", hidden_dim, in_dim)
+        self.ffn_dim = count_or("ffn_dim", ffn_dim, width)
         self.num_heads, self.num_points = num_heads, num_points
         self.features = nn.Linear(in_dim, width)
         self.layers = nn.ModuleList(

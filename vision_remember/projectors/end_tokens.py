@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vision_remember.grid import check_count
+
 
 class EndTokens(nn.Module):
     """Puts learned tokens behind those of each image.
@@ -19,8 +21,7 @@ class EndTokens(nn.Module):
 
     def __init__(self, count: int, dim: int) -> None:
         super().__init__()
-        if count < 0:
-            raise ValueError(f"end_tokens={count}: expected none or a positive number")
+        check_count("end_tokens", count, lowest=0)
         self.tokens = nn.Parameter(torch.empty(count, dim)) if count else None
         if self.tokens is not None:
             nn.init.trunc_normal_(self.tokens, std=0.02)

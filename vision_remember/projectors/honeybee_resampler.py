@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vision_remember.grid import Grid
+from vision_remember.grid import Grid, check_count, count_or
 from vision_remember.projectors.attention import Attention
 from vision_remember.projectors.base import Projector
 from vision_remember.projectors.checkpoints import renamed, taken
@@ -124,11 +124,11 @@ class HoneybeeResampler(Projector):
         end_tokens: int = 0,
     ) -> None:
         super().__init__(in_dim, out_dim, ratio=ratio, out_grid=out_grid)
-        if num_layers < 1:
-            raise ValueError(f"num_layers={num_layers}: expected a positive number")
-        width = hidden_dim or in_dim
-        self.ffn_dim = ffn_dim or 4 * width
-        self.num_heads = num_heads or next(n for n in range(max(1, width // _HEAD_DIM), 0, -1) if width % n == 0)
+        check_count("num_layers", num_layers)
+        width = count_or("hidden_dim", hidden_dim, in_dim)
+        self.ffn_dim = count_or("ffn_dim", ffn_dim, 4 * width)
+        default_heads = next(n for n in range(max(1, width // _HEAD_DIM), 0, -1) if width % n == 0)
+        self.num_heads = count_or("num_heads", num_heads, default_heads)
         self.query_grid = learned_query_grid(query_grid, self.fixed_grid)
         self.queries = nn.Parameter(torch.empty(self.query_grid[0] * self.query_grid[1], width))
         self.features = nn.Linear(in_dim, width)

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from vision_remember.grid import Grid, check_grid
+from vision_remember.grid import Grid, check_count, check_grid
 from vision_remember.projectors.adaptive_avg_pool import average_pooled
 from vision_remember.projectors.mlp import MLPProjector
 
@@ -46,8 +46,8 @@ class Matryoshka(MLPProjector):
         Raises:
             ValueError: no positive integer. Whether the features nest into it is known, and said, by :meth:`out_grid`.
         """
-        if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
-            raise ValueError(f"tokens={tokens!r}: expected a positive integer or None")
+        if tokens is not None:
+            check_count("tokens", tokens)
         self.budget = tokens
 
     def out_grid(self, grid: Grid) -> Grid:

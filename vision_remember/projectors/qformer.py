@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vision_remember.grid import Grid
+from vision_remember.grid import Grid, check_count
 from vision_remember.projectors.attention import Attention, mlp
 from vision_remember.projectors.base import Projector
+from vision_remember.projectors.checkpoints import taken
 from vision_remember.projectors.tables import learned_query_grid, resampled
 
 _NORM_EPS = 1e-12
@@ -105,8 +106,8 @@ class QFormer(Projector):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(in_dim, out_dim, ratio=ratio, out_grid=out_grid)
-        if num_layers < 1 or cross_every < 1:
-            raise ValueError(f"num_layers={num_layers}, cross_every={cross_every}: expected positive numbers")
+        for option, count in (("hidden_dim", hidden_dim), ("num_layers", num_layers), ("cross_every", cross_every)):
+            check_count(option, count)
         self.num_heads, self.cross_every, self.dropout = num_heads, cross_every, dropout
         self.query_grid = learned_query_grid(query_grid, self.fixed_grid)
         self.queries = nn.Parameter(torch.empty(self.query_grid[0] * self.query_grid[1], hidden_dim))
@@ -147,12 +148,13 @@ class QFormer(Projector):
         Args:
             state_dict: of the whole model, or its parts ``query_tokens``, ``qformer`` and ``language_projection``. What
                 belongs to other parts, or to the text branch, is dropped.
+
+        Raises:
+            ValueError: no queries.
         """
-        imported = {}
+        imported = {"queries": taken(state_dict, "query_tokens")[0]}
         for name, weight in state_dict.items():
-            if name == "query_tokens":
-                imported["queries"] = weight[0]
-            elif name.startswith("language_projection."):
+            if name.startswith("language_projection."):
                 imported[name.replace("language_projection", "out")] = weight
             elif name.startswith("qformer.layernorm."):
                 imported[name.replace("qformer.layernorm", "query_norm")] = weight

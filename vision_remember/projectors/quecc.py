@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vision_remember.grid import Grid
+from vision_remember.grid import Grid, count_or
 from vision_remember.projectors.attention import Attention, mlp, unfused_attention
 from vision_remember.projectors.blocks import BlockProjector, Fit, fitted
 from vision_remember.projectors.checkpoints import renamed
@@ -54,7 +54,7 @@ class QueCC(BlockProjector):
         num_heads: int = 8,
     ) -> None:
         super().__init__(in_dim, out_dim, ratio=ratio, out_grid=out_grid, block=block, fit=fit)
-        self.text_dim = text_dim or out_dim
+        self.text_dim = count_or("text_dim", text_dim, out_dim)
         self.question = nn.Linear(self.text_dim, in_dim)
         self.question_norm = nn.LayerNorm(in_dim, eps=_NORM_EPS)
         self.query = mlp(in_dim, in_dim, in_dim)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vision_remember.grid import Grid
+from vision_remember.grid import Grid, count_or
 from vision_remember.projectors.attention import Attention, unfused_attention
 from vision_remember.projectors.base import Projector
 from vision_remember.projectors.checkpoints import renamed, taken
@@ -85,7 +85,7 @@ class Resampler(Projector):
         self.features = nn.Identity() if in_dim == out_dim else nn.Linear(in_dim, out_dim, bias=False)
         self.query_norm = nn.LayerNorm(out_dim, eps=_NORM_EPS)
         self.feature_norm = nn.LayerNorm(out_dim, eps=_NORM_EPS)
-        self.attention = Attention(out_dim, num_heads or _default_heads(out_dim))
+        self.attention = Attention(out_dim, count_or("num_heads", num_heads, _default_heads(out_dim)))
         self.out_norm = nn.LayerNorm(out_dim, eps=_NORM_EPS)
         self.out = nn.Linear(out_dim, out_dim, bias=False)
         # Equal queries would stay equal for ever: nothing else tells the tokens apart.

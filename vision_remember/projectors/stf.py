@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vision_remember.grid import Grid
+from vision_remember.grid import Grid, count_or
 from vision_remember.projectors.attention import mlp
 from vision_remember.projectors.blocks import BlockProjector, Fit
 from vision_remember.projectors.checkpoints import renamed
@@ -49,7 +49,8 @@ class STF(BlockProjector):
         hidden_dim: int | None = None,
     ) -> None:
         super().__init__(in_dim, out_dim, ratio=ratio, out_grid=out_grid, block=block, fit=fit)
-        self.fusion_dim, self.hidden_dim = fusion_dim or 4 * in_dim, hidden_dim or 16 * in_dim
+        self.fusion_dim = count_or("fusion_dim", fusion_dim, 4 * in_dim)
+        self.hidden_dim = count_or("hidden_dim", hidden_dim, 16 * in_dim)
         self.fusion = mlp(self.feature_dim, self.fusion_dim, in_dim)
         self.mlp = mlp(self.block[0] * self.block[1] * in_dim, self.hidden_dim, out_dim)
 

@@ -24,6 +24,6 @@ def learned_query_grid(query_grid: Grid | None, out_grid: Grid | None) -> Grid:
     Raises:
         ValueError: no pair of positive integers.
     """
-    chosen = query_grid or out_grid or DEFAULT_QUERY_GRID
+    chosen = next(grid for grid in (query_grid, out_grid, DEFAULT_QUERY_GRID) if grid is not None)
     check_grid("query_grid", chosen)
     return chosen[0], chosen[1]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vision_remember.grid import Grid, check_grid
+from vision_remember.grid import Grid, check_count, check_grid, count_or
 from vision_remember.projectors.attention import Attention, mlp, unfused_attention
 from vision_remember.projectors.base import Projector
 from vision_remember.projectors.checkpoints import renamed
@@ -49,7 +49,7 @@ class TokenPacker(Projector):
         num_heads: int = 8,
     ) -> None:
         super().__init__(in_dim, out_dim, ratio=ratio, out_grid=out_grid)
-        width = hidden_dim or in_dim
+        width = count_or("hidden_dim", hidden_dim, in_dim)
         self.hidden_dim = width
         self.query = nn.Linear(in_dim, width, bias=False)
         self.key = mlp(self.feature_dim, width, width)
@@ -108,8 +108,8 @@ def hd_layout(image_size: Grid, *, max_tiles: int = 9, tile: int = 336) -> Grid:
         ValueError: a size or number that is not positive.
     """
     check_grid("image_size", image_size)
-    if max_tiles < 1 or tile < 1:
-        raise ValueError(f"max_tiles={max_tiles}, tile={tile}: expected positive numbers")
+    check_count("max_tiles", max_tiles)
+    check_count("tile", tile)
     height, width = image_size
 
     def merit(layout: Grid) -> float:

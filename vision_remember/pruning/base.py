@@ -217,6 +217,12 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}: expected a share of a tile's tokens between 0 and 1, or their number")
 
 
+def check_several(name: str, values: Any) -> None:
+    """Raises ValueError unless it is a sequence."""
+    if not isinstance(values, Sequence):
+        raise ValueError(f"{name}={values!r}: expected several, one for each stage")
+
+
 def check_layers(name: str, layers: Sequence[int], depth: int, lowest: int) -> None:
     """Raises ValueError unless the layers are whole numbers that rise, and the decoder has them."""
     rising = all(type(layer) is int for layer in layers) and all(a < b for a, b in itertools.pairwise(layers))

@@ -57,6 +57,11 @@ class Random(Control):
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r}: expected a whole number")
+
     def choose(self, stage: int, tokens: Tokens) -> Kept:
         scores = torch.zeros(tokens.vision.shape)
         for row, vision in enumerate(tokens.vision.cpu()):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vision_remember.grid import check_count
 from vision_remember.pruning.base import EncoderPruner, Evidence, Selection, check_number, strongest, tokens_kept
 
 
@@ -38,8 +39,7 @@ class PruMerge(EncoderPruner):
     def __post_init__(self) -> None:
         if self.keep is not None:
             check_number("keep", self.keep)
-        if self.neighbours < 0:
-            raise ValueError(f"neighbours={self.neighbours}: expected 0 or more")
+        check_count("neighbours", self.neighbours, lowest=0)
 
     def check(self, tokens: int) -> None:
         if self.keep is not None:
@@ -70,7 +70,7 @@ class PruMerge(EncoderPruner):
         count = min(self.neighbours, likeness.shape[2] - 1)
         nearest = likeness.argsort(dim=2, descending=True, stable=True)[..., :count]
         weights = scores[:, None].expand_as(likeness)
-        return torch.zeros_like(likeness).scatter(2, nearest, weights.gather(2, nearest))
+        return torch.zeros_like(weights).scatter(2, nearest, weights.gather(2, nearest))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from vision_remember.pruning.base import (
     Stage,
     Tokens,
     check_layers,
+    check_several,
     check_share,
     mean_attention,
     share_of,
@@ -38,9 +39,9 @@ class PyramidDrop(DecoderPruner):
     source: ClassVar[str] = "arXiv 2410.17247"
 
     def __post_init__(self) -> None:
-        for name, value in (("layers", self.layers), ("keep", self.keep)):
-            if value is not None and not isinstance(value, Sequence):
-                raise ValueError(f"{name}={value!r}: expected several, one for each stage")
+        check_several("keep", self.keep)
+        if self.layers is not None:
+            check_several("layers", self.layers)
         for share in self.keep:
             check_share("keep", share)
         if any(a < b for a, b in itertools.pairwise(self.keep)):

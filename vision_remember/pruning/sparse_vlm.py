@@ -15,6 +15,7 @@ from vision_remember.pruning.base import (
     Stage,
     Tokens,
     check_layers,
+    check_several,
     check_share,
     last_of,
     mean_attention,
@@ -51,9 +52,11 @@ class SparseVLM(DecoderPruner):
     source: ClassVar[str] = "arXiv 2410.04417"
 
     def __post_init__(self) -> None:
+        if self.layers is not None:
+            check_several("layers", self.layers)
         check_share("strength", self.strength, "how much of (tokens - rank) is dropped")
         check_share("clusters", self.clusters, "the number of clusters for each recycled token")
-        if not 0 <= self.recycled < 1:
+        if not isinstance(self.recycled, (int, float)) or not 0 <= self.recycled < 1:
             raise ValueError(f"recycled={self.recycled!r}: expected a share of the dropped tokens from 0, below 1")
 
     def stages(self, depth: int) -> tuple[Stage, ...]:

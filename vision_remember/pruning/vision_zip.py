@@ -44,8 +44,8 @@ class VisionZip(EncoderPruner):
         dominant, contextual = self._counts(tokens)
         if dominant + contextual > tokens:
             raise ValueError(
-                f"dominant={self.dominant}, contextual={self.contextual}: a tile of this host has {tokens} tokens; "
-                "shares below 1 fit any"
+                f"dominant={self.dominant}, contextual={self.contextual}: {dominant + contextual} tokens, but a tile "
+                f"of this host has {tokens}; give less of either, as shares below 1 for tiles of any size"
             )
 
     def select(self, evidence: Evidence) -> Selection:
