@@ -68,10 +68,8 @@ def auto_local_attention(
 
 
 def kernels_suit(device: torch.device, dtype: torch.dtype, width: int, window: int) -> bool:
-    """Whether the kernels run there, for queries of so many channels a head, and suit blocks of such a side.
-
-    Not under a transform of torch.func, most of which they do not know.
-    """
+    """Whether the kernels run there, for queries of so many channels a head, and suit blocks of such a side. They suit
+    no transform of torch.func."""
     suits = device.type == "cuda" and dtype in DTYPES and width <= WIDEST and window <= _LARGEST_WINDOW
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     return suits and not transformed and _IMPORTABLE and _is_new_enough(device)
