@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.models.deformable_detr import modeling_deformable_detr
 
 from vision_remember.grid import Grid
+from vision_remember.interactions import DeformableAttention
 from vision_remember.ops import deformable_sample
 
 GRIDS: list[list[Grid]] = [[(4, 4)], [(3, 7)], [(1, 1)], [(1, 6), (5, 2)], [(8, 8), (4, 4), (2, 3)]]
@@ -142,3 +143,65 @@ def test_what_does_not_fit_is_an_error(change: dict[str, Any], message: str) -> 
     given: dict[str, Any] = {"values": values, "locations": locations, "weights": weights, "grids": [(4, 4)]}
     with pytest.raises(ValueError, match=message):
         deformable_sample(**{**given, **change})
+
+
+@torch.no_grad()
+def test_a_token_samples_around_its_middle_in_quarters_of_its_span() -> None:
+    """Not a square, and two levels under one softmax: by the loop, from the module's weights alone."""
+    torch.manual_seed(0)
+    (h, w), (rows, columns), heads, points = (2, 3), (5, 9), 2, 3
+    module = DeformableAttention(
+        8, 10, attn_dim=6, num_heads=heads, num_points=points, level_dims=(4, 6), feature_norm="none", zero_init=False
+    ).double()
+    for parameter in module.parameters():
+        parameter.add_(0.5 * torch.randn_like(parameter))
+    tokens = torch.randn(2, h * w, 8, dtype=torch.float64)
+    levels = [torch.randn(2, rows * columns, width, dtype=torch.float64) for width in (4, 6)]
+    saliency = torch.rand(2, rows * columns, dtype=torch.float64)
+    values = [
+        (level @ project.weight.T * saliency[..., None]).unflatten(-1, (heads, 3))
+        for level, project in zip(levels, module.vr_values, strict=True)
+    ]
+    offsets = module.vr_offsets(tokens).reshape(2, h * w, heads, 2, points, 2)
+    weights = module.vr_weights(tokens).reshape(2, h * w, heads, 2 * points).softmax(-1).unflatten(-1, (2, points))
+    locations = torch.empty_like(offsets)
+    for i in range(h):
+        for j in range(w):
+            own = offsets[:, i * w + j]
+            locations[:, i * w + j, ..., 0] = (j + 0.5) / w + own[..., 0] / 4 / w
+            locations[:, i * w + j, ..., 1] = (i + 0.5) / h + own[..., 1] / 4 / h
+    read = naive_sample(values, locations, weights, [(rows, columns)] * 2)
+    update = module(tokens, levels, token_grid=(h, w), feature_grid=(rows, columns), saliency=saliency)
+    torch.testing.assert_close(update, module.vr_out(read.flatten(2)), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_four_heads_start_on_the_four_cells_of_a_token() -> None:
+    module = DeformableAttention(8, 4, attn_dim=16, num_heads=4, num_points=1, feature_norm="none", zero_init=False)
+    (h, w), feature_grid = (2, 3), (4, 6)
+    features = torch.randn(1, 24, 4)
+    cells = (features @ module.vr_values[0].weight.T).unflatten(1, feature_grid).unflatten(-1, (4, 4))
+    seen: list[Tensor] = []
+    module.vr_out.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    module(torch.randn(1, 6, 8), features, token_grid=(h, w), feature_grid=feature_grid)
+    read = seen[0].reshape(h, w, 4, 4)
+    for head, (down, right) in enumerate([(1, 1), (1, 0), (0, 0), (0, 1)]):
+        torch.testing.assert_close(read[:, :, head], cells[0, down::2, right::2, head])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_module_in_half_precision_keeps_precise_places(dtype: torch.dtype) -> None:
+    """On a wide grid a place in half precision would be cells away."""
+    module = DeformableAttention(8, 4, attn_dim=8, num_heads=1, num_points=1, feature_norm="none", zero_init=False)
+    module.vr_offsets.bias.fill_(1)  # the middle of a cell
+    width = 512
+    cells = torch.arange(width, dtype=torch.float32).remainder(7)[None, :, None].expand(1, -1, 4)
+    features = cells.repeat(1, 2, 1).to(dtype)
+    seen: list[Tensor] = []
+    module = module.to(dtype)
+    module.vr_values[0].weight.fill_(0.25)
+    module.vr_out.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    module(torch.zeros(1, width // 2, 8, dtype=dtype), features, token_grid=(1, width // 2), feature_grid=(2, width))
+    expected = features[:, 1:width:2, :1].expand(-1, -1, 8)
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=0.05)

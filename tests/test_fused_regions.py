@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.launches import counted, fake
 from tests.reference import masked_global_attention
 from tests.test_local_attention import tensors
 from tests.test_one_query import explicit
 from vision_remember import local_attention
 from vision_remember.grid import Grid
 from vision_remember.interactions import SELA
+from vision_remember.ops import windowed
 from vision_remember.ops.windowed import attend_regions
 
 
@@ -89,6 +91,42 @@ def test_the_mask_of_the_fused_attention_is_never_one_that_wants_a_gradient(
     with torch.no_grad():
         torch.testing.assert_close(attend_regions(query, key, key, bias), explicit(query, key, key, bias))
     assert [mask.requires_grad for mask in masks] == [False]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("regions", "dtype", "learning", "fused"),
+    [
+        (65535, torch.float32, True, True),
+        (65536, torch.float32, False, False),
+        (0, torch.float16, False, False),
+        (16384, torch.float16, True, True),
+        (16385, torch.float16, True, False),
+        (16385, torch.float16, False, True),
+        (16385, torch.float32, True, True),
+    ],
+)
+def test_a_gpu_is_asked_for_no_more_than_its_fused_kernels_count(
+    regions: int, dtype: torch.dtype, learning: bool, fused: bool, bias: bool
+) -> None:
+    with fake("cuda") as empty, counted() as launches, torch.set_grad_enabled(learning):
+        query, key = (empty(regions, 16, n, 64, dtype=dtype) for n in (1, 4))
+        read = attend_regions(query, key, key, empty(16, 1, 4, dtype=dtype) if bias else None)
+    assert read.shape == query.shape
+    fused = fused or (bias and regions == 16385)  # another kernel's backward pass, which counts otherwise
+    assert launches.names.count("fused attention") == fused
+    assert ("aten.bmm.default" in launches.names) != fused
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_where_fused_kernels_do_not_reach_it_is_the_same(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU would do it: the bound is that of a device, the products are those of any."""
+    monkeypatch.setattr(windowed, "_fused_takes", lambda *_: False)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    query, key = torch.randn(5, 2, 3, 8), torch.randn(5, 2, 4, 8)
+    given = torch.randn(2, 3, 4) if bias else torch.zeros(2, 3, 4)
+    found = attend_regions(query, key, key, given if bias else None)
+    torch.testing.assert_close(found, explicit(query, key, key, given))
 
 
 @pytest.mark.parametrize("cells", [4, 16])

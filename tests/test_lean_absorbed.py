@@ -72,6 +72,23 @@ def test_values_and_gradients_are_those_of_the_loop(grids: Grids, window: int, p
         torch.testing.assert_close(absorbing(**arguments), looping(**arguments), rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+def test_transforms_go_through_without_gradients() -> None:
+    absorbing, looping = twins()
+    given = arguments_for(EVEN)
+    grids = {"token_grid": EVEN[0], "feature_grid": EVEN[1]}
+    held = (given["tokens"], *given["features"], given["saliency"])
+    found = []
+    for module in (absorbing, looping):
+
+        def read(tokens: Tensor, *rest: Tensor, module: SELA = module) -> Tensor:
+            return module(tokens, rest[:-1], saliency=rest[-1], **grids)
+
+        alone = torch.vmap(lambda *one, read=read: read(*(x[None] for x in one))[0])
+        found.append([alone(*held), *torch.func.jvp(read, held, held)])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("feature_norm", ["per_level", "joint", "none"])
 @pytest.mark.parametrize("fusion", ["concat", "mix", "mbtf"])
 def test_levels_may_be_fused_and_normed_in_any_way(fusion: str, feature_norm: str) -> None:

@@ -135,3 +135,16 @@ def test_check_length_names_both_numbers() -> None:
     check_length("tokens", 12, "token_grid", (3, 4))
     with pytest.raises(ValueError, match="tokens holds 10 positions, but token_grid=3x4 has 12"):
         check_length("tokens", 10, "token_grid", (3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_reads_the_table_as_precisely_as_it_holds_it(dtype: torch.dtype) -> None:
+    """Places are counted among all entries of a block, twelve a side here."""
+    table = torch.randn(2, 16, 12, 12, generator=torch.Generator().manual_seed(0)).to(dtype)
+    grids: dict[str, Any] = {"query_grid": (20, 21), "key_grid": (64, 65), "window": 4}
+    exact = region_bias(table.double(), **grids)
+    found = region_bias(table, **grids)
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.double(), exact, rtol=0, atol=2 * torch.finfo(dtype).eps * table.abs().max().item()
+    )

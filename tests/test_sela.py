@@ -177,6 +177,8 @@ def test_more_heads_than_cells_begin_again_at_the_first(heads: int, starts: list
     position = SELA(48, C, num_heads=heads).position
     assert position.shape == (heads, 1, 2, 2)
     assert position.flatten(1).argmax(-1).tolist() == starts
+    by_level = SELA(48, C, num_heads=heads, num_levels=3, fusion="tokens").position.unflatten(0, (3, heads))
+    assert torch.equal(by_level, position.expand_as(by_level))
 
 
 def test_a_learned_position_starts_small_and_different_in_every_place() -> None:

@@ -117,6 +117,20 @@ def test_on_a_gpu_auto_knows_what_the_kernels_are_not_for(case: Case, dtype: tor
     assert on_a_gpu(case, dtype, "auto")[0] is windowed
 
 
+def test_kernels_suit_no_transform() -> None:
+    """They know none but vmap, and that as a loop."""
+    pytest.importorskip("triton")
+    found = []
+
+    def asked(x: Tensor) -> Tensor:
+        found.append(triton_local_attention.kernels_suit(torch.device("cuda"), torch.float16, 8, 1))
+        return x.sum()
+
+    for run in (asked, torch.func.grad(asked), torch.func.vmap(asked)):
+        run(torch.ones(2))
+    assert found == [True, False, False]
+
+
 @pytest.mark.parametrize(
     ("importable", "new_enough"), [(False, True), (True, False)], ids=["triton is missing", "old GPU"]
 )

@@ -16,6 +16,7 @@ from vision_remember.interactions.base import check_tokens
 from vision_remember.interactions.levels import Features, are_features, is_plain
 from vision_remember.interactions.region_cells import PreparedRaster
 from vision_remember.interactions.token_mixer import TokenMixerKind
+from vision_remember.ops.one_query import has_tangent
 from vision_remember.ops.triton_local_attention import DTYPES
 from vision_remember.ops.triton_rows import MOST_ROWS, gather_normalised, write_update
 
@@ -230,7 +231,7 @@ class VisionRemember(nn.Module):
     def rewrites(self, hidden: Tensor, prepared: Any, tokens: int) -> bool:
         """Whether :meth:`rewrite` does what the forward does between a gather and a scatter of rows.
 
-        Not with gradients or under autocast, nor where somebody listens or a stranger stands in a module's place.
+        Not with derivatives or under autocast, nor where somebody listens or a stranger stands in a module's place.
 
         Args:
             hidden: (B, S, D).
@@ -243,7 +244,9 @@ class VisionRemember(nn.Module):
         plain = is_plain(self, VisionRemember) and is_plain(self.norm, nn.RMSNorm) and self.token_mixer is None
         plain = plain and is_plain(reader.vr_out, nn.Linear)  # type: ignore[arg-type]
         fits = hidden.dtype in DTYPES and hidden.shape[-1] == reader.query_dim
-        return plain and fits and not torch.is_autocast_enabled(hidden.device.type)
+        if not plain or not fits or torch.is_autocast_enabled(hidden.device.type):
+            return False
+        return not has_tangent(hidden, *self.parameters())
 
     def rewrite(
         self, hidden: Tensor, positions: Tensor, prepared: PreparedRaster, *, tiles: int, token_grid: Grid

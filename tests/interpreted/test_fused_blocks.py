@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from tests.hosts import batch, build_llava, randomise
 from tests.launches import Launches
@@ -168,6 +169,16 @@ def test_modules_are_called_where_somebody_listens(change: Any) -> None:
         found = through(blocks, recall, hidden)
     assert ours(launches) == 2 * ["local_attention"]
     torch.testing.assert_close(found, fused, rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_forward_derivatives_are_not_lost_on_the_way_around() -> None:
+    """Of the stream alone, which the kernel of the attention never sees."""
+    memory, hidden, places = problem(EVEN)
+    block = blocks_of("triton")[0]
+    recall = memory.recall_images([0, 1], places).prepared([block], prepare_together)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="backend='triton' cannot take forward-mode"):
+        recall.through(block, forward_ad.make_dual(hidden, hidden))
 
 
 @pytest.mark.parametrize("options", [{"output_layers": 2}, {"token_mixer": "self"}, {"inner_projections": True}])

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.triton_cases import CASES, Case, check_against_oracle, tensors, with_gradients
 from vision_remember import SELA, local_attention
@@ -161,6 +165,40 @@ def test_gradients_cannot_be_differentiated_again() -> None:
     (grad,) = torch.autograd.grad(output.square().sum(), inputs["query"], create_graph=True)
     with pytest.raises(RuntimeError, match="backend='windowed' can"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "saliency", "bias"])
+def test_forward_derivatives_are_refused_not_zero(name: str) -> None:
+    """Without gradients nothing else would tell: autograd passes over an operator that has none."""
+    inputs = {key: x.detach() for key, x in tensors(UNEVEN, torch.float32).items()}
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode derivatives; backend='windowed' can"):
+        attend(**{**inputs, name: forward_ad.make_dual(inputs[name], inputs[name])}, **UNEVEN.grids)
+    with pytest.raises(RuntimeError, match="forward-mode derivatives; backend='windowed' can"):
+        jvp(lambda x: attend(**{**inputs, name: x}, **UNEVEN.grids), (inputs[name],), (inputs[name],))
+
+
+def test_auto_takes_forward_derivatives_where_kernels_suit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_local_attention, "kernels_suit", lambda *_: True)
+    inputs = {key: x.detach() for key, x in tensors(UNEVEN, torch.float32).items()}
+    found = []
+    for backend in ("auto", "naive"):
+        given = functools.partial(local_attention, backend=backend, **UNEVEN.grids)
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            dual = {key: forward_ad.make_dual(x, x + 1) for key, x in inputs.items()}
+            found.append(forward_ad.unpack_dual(given(**dual)).tangent)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [UNEVEN, OWNED], ids=["uneven", "one query per cell"])
+def test_what_was_saved_may_come_back_in_another_layout(case: Case) -> None:
+    def packed(x: Tensor) -> Tensor:
+        return x.transpose(-1, -2).contiguous()
+
+    inputs = tensors(case, torch.float32)
+    expected = with_gradients(attend, inputs, **case.grids)
+    with torch.autograd.graph.saved_tensors_hooks(packed, lambda x: x.transpose(-1, -2)):
+        found = with_gradients(attend, inputs, **case.grids)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_pytorch_finds_no_fault_with_the_operators() -> None:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vision_remember.ops.one_query import is_plain
+
 # What the projected queries of a group of heads may take: of the size of a second-level cache, where it was fastest.
 _BUFFER_BYTES = 8 << 20
 
@@ -57,7 +59,7 @@ def absorbed_attention(
     from_cells = value_weight.unflatten(0, (heads, -1)).to(query.dtype).transpose(1, 2).split(widths, dim=1)
     # (heads, R*q, d): one product per head with all queries
     rows = (query * (1 / math.sqrt(dim))).permute(1, 0, 2, 3).flatten(1, 2)
-    buffer, group = _buffer(query, max(widths))
+    buffer, group = _buffer(query, max(widths), is_plain(query, *levels, *to_cells, *from_cells))
     read = []
     for start in range(0, heads, group):
         part = (0, start, min(group, heads - start))
@@ -94,15 +96,16 @@ def _product(left: Tensor, right: Tensor, buffer: Tensor | None) -> Tensor:
     return torch.bmm(left, right, out=buffer.narrow(0, 0, math.prod(shape)).view(shape))
 
 
-def _buffer(query: Tensor, width: int) -> tuple[Tensor | None, int]:
+def _buffer(query: Tensor, width: int, plain: bool) -> tuple[Tensor | None, int]:
     """Memory for the products of a group of heads, and how many heads a group has.
 
     Fresh memory for each product would cost more than the product: the system hands it out page by page. Only without
-    gradients, which need all of it kept; on a GPU the allocator keeps memory at hand, and launches count instead.
+    gradients, which need all of it kept, or derivatives of another kind, which no product into a buffer has; on a GPU
+    the allocator keeps memory at hand, and launches count instead.
     """
     regions, heads, queries, _ = query.shape
     device = query.device.type
-    if torch.is_grad_enabled() or device != "cpu" or torch.is_autocast_enabled(device) or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or device != "cpu" or torch.is_autocast_enabled(device) or not plain:
         return None, heads
     per_head = regions * queries * width
     group = min(heads, max(1, _BUFFER_BYTES // max(1, per_head * query.dtype.itemsize)))

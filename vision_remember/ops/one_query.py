@@ -89,7 +89,14 @@ def is_plain(*tensors: Tensor) -> bool:
         return False
     # Gradients for many cotangents at once come as batches of an older kind, and of no transform.
     batched = torch._C._functorch.is_legacy_batchedtensor
-    return not any(batched(x) or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return not (has_tangent(*tensors) or any(batched(x) for x in tensors))
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether a tensor carries a forward derivative; in compiled code none does."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if x is not None)
 
 
 def softmax(logits: Tensor, dim: int) -> Tensor:

@@ -55,9 +55,12 @@ class AxisRegions:
         cells = start[:, None] // self.tokens + torch.arange(self.extent, device=device)
         # Integers up to the division: the place of a cell's centre, in twice the table's step.
         twice = (2 * cells + 1) * self.tokens - 2 * start[:, None]
-        place = (twice * entries).to(dtype) / (2 * self.window * self.length) - 0.5
+        # Half precision is too coarse for a place among many entries.
+        wide = torch.promote_types(dtype, torch.float32)
+        place = (twice * entries).to(wide) / (2 * self.window * self.length) - 0.5
         place = place.clamp(0, entries - 1)
-        return (1 - (place[..., None] - torch.arange(entries, device=device, dtype=dtype)).abs()).clamp(min=0)
+        weights = (1 - (place[..., None] - torch.arange(entries, device=device, dtype=wide)).abs()).clamp(min=0)
+        return weights.to(dtype)
 
 
 def region_bias(table: Tensor, *, query_grid: Grid, key_grid: Grid, window: int = 1) -> Tensor:

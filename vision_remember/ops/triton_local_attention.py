@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vision_remember.grid import Grid, region
+from vision_remember.ops.one_query import has_tangent
 from vision_remember.ops.regions import AxisRegions
 from vision_remember.ops.windowed import windowed_local_attention
 
@@ -33,6 +34,7 @@ _OLDEST_GPU = 8  # compute capability, its first number
 _TILE = 1024
 # Said aloud because Triton's default for the second changes.
 _COMPILE = {"num_warps": 4, "enable_fp_fusion": True}
+_WINDOWED_CAN = "backend='windowed' can, inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 _SIZES = "SymInt h, SymInt w, SymInt H, SymInt W, SymInt levels, SymInt window"
 
 
@@ -50,6 +52,7 @@ def auto_local_attention(
 ) -> Tensor:
     """The Triton kernels on a GPU that can run them, for small blocks; otherwise the windowed form."""
     suit = kernels_suit(query.device, query.dtype, query.shape[-1], window)
+    suit = suit and not has_tangent(query, key, value, saliency, bias)
     attend = triton_local_attention if suit else windowed_local_attention
     return attend(
         query,
@@ -65,9 +68,11 @@ def auto_local_attention(
 
 
 def kernels_suit(device: torch.device, dtype: torch.dtype, width: int, window: int) -> bool:
-    """Whether the kernels run there, for queries of so many channels a head, and suit blocks of such a side."""
+    """Whether the kernels run there, for queries of so many channels a head, and suit blocks of such a side. They suit
+    no transform of torch.func."""
     suits = device.type == "cuda" and dtype in DTYPES and width <= WIDEST and window <= _LARGEST_WINDOW
-    return suits and _IMPORTABLE and _is_new_enough(device)
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return suits and not transformed and _IMPORTABLE and _is_new_enough(device)
 
 
 def _is_new_enough(device: torch.device) -> bool:
@@ -98,7 +103,10 @@ def triton_local_attention(
     Raises:
         ValueError: a dtype or width that the kernels do not have, or tensors that are not on a GPU.
         ImportError: triton is missing.
+        RuntimeError: forward-mode derivatives are asked for.
     """
+    if has_tangent(query, key, value, saliency, bias):
+        raise RuntimeError(f"backend='triton' cannot take forward-mode derivatives; {_WINDOWED_CAN}")
     if query.dtype not in DTYPES:
         known = ", ".join(map(str, DTYPES))
         raise ValueError(f"backend='triton' with {query.dtype}: expected {known}; backend='windowed' takes any")
@@ -227,7 +235,9 @@ def _backward(
     """The gradients of query, key, value, saliency and bias; the last two are empty where nobody wants them."""
     kernels = load_kernels(query.device)
     geometry = _geometry(h, w, H, W, window)
-    query, key, value, grad_out = (_dense_rows(x) for x in (query, key, value, grad_out))
+    # What was saved may have gone through hooks that lay it out anew.
+    query, key, value, out, grad_out = (_dense_rows(x) for x in (query, key, value, out, grad_out))
+    lse = lse.contiguous()
     grad_query, grad_key, grad_value = (_empty_heads(*x.shape, like=x) for x in (query, key, value))
     places = levels * geometry.frame_rows * geometry.frame_columns
     batch, heads = query.shape[:2]
@@ -304,10 +314,7 @@ def _gradients(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "the gradients of backend='triton' cannot be differentiated again; those of backend='windowed' can, inside"
-        " torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-    )
+    raise RuntimeError(f"the gradients of backend='triton' cannot be differentiated again; those of {_WINDOWED_CAN}")
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)

@@ -12,8 +12,11 @@ from vision_remember.grid import Grid
 from vision_remember.ops.one_query import attend_one_query, attend_without_gradients, is_plain, softmax
 from vision_remember.ops.regions import AxisRegions
 
-# CUDA's fused kernels take the batch for a dimension of their launch grid, which ends here.
+# CUDA's fused kernels take the batch for a dimension of their launch grid, which ends here; before torch 2.10 they took
+# no empty one. The backward pass of the one for half precision without a bias counts channels, of 128 queries a region
+# and 32 a head at least, in 32 bits.
 _LARGEST_FUSED_BATCH = 65535
+_LARGEST_FUSED_BACKWARD = 1 << 31
 
 
 def windowed_local_attention(
@@ -76,13 +79,23 @@ def attend_regions(
     fused = on_cpu and not (torch.is_grad_enabled() or (bias is not None and torch.is_autocast_enabled("cpu")))
     if fused and is_plain(query, key, value, *([] if bias is None else [bias])):
         return attend_without_gradients(query, key, value, bias, per_image=per_image or query.shape[0])
-    if bias is None or (query.is_cuda and query.shape[0] <= _LARGEST_FUSED_BATCH):
+    if _fused_takes(query, bias) if query.is_cuda else bias is None:
         return F.scaled_dot_product_attention(query, key, value, bias)
     scale = 1 / math.sqrt(query.shape[-1])
-    if query.shape[2] == 1 and on_cpu:
+    if query.shape[2] == 1 and on_cpu and bias is not None:
         return attend_one_query(query * scale, key, value, bias)
-    logits = torch.matmul(query * scale, key.transpose(-1, -2)) + bias
-    return torch.matmul(softmax(logits, -1), value)
+    logits = torch.matmul(query * scale, key.transpose(-1, -2))
+    return torch.matmul(softmax(logits if bias is None else logits + bias, -1), value)
+
+
+def _fused_takes(query: Tensor, bias: Tensor | None) -> bool:
+    """Whether a GPU's fused kernels can run, for (R, heads, q, d) queries."""
+    regions, heads, queries, dim = query.shape
+    if not 0 < regions <= _LARGEST_FUSED_BATCH:
+        return False
+    if not torch.is_grad_enabled() or query.dtype.itemsize > 2 or bias is not None:
+        return True
+    return regions * heads * (-(-queries // 128) * 128) * max(dim, 32) <= _LARGEST_FUSED_BACKWARD
 
 
 def to_regions(x: Tensor, rows: AxisRegions, columns: AxisRegions) -> Tensor:
