@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -246,7 +247,7 @@ class VisionRemember(nn.Module):
         fits = hidden.dtype in DTYPES and hidden.shape[-1] == reader.query_dim
         if not plain or not fits or torch.is_autocast_enabled(hidden.device.type):
             return False
-        return not has_tangent(hidden, *self.parameters())
+        return not has_tangent(chain([hidden], self.parameters()))
 
     def rewrite(
         self, hidden: Tensor, positions: Tensor, prepared: PreparedRaster, *, tiles: int, token_grid: Grid

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -89,12 +89,13 @@ def is_plain(*tensors: Tensor) -> bool:
         return False
     # Gradients for many cotangents at once come as batches of an older kind, and of no transform.
     batched = torch._C._functorch.is_legacy_batchedtensor
-    return not (has_tangent(*tensors) or any(batched(x) for x in tensors))
+    return not (has_tangent(tensors) or any(batched(x) for x in tensors))
 
 
-def has_tangent(*tensors: Tensor | None) -> bool:
+def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a tensor carries a forward derivative; in compiled code none does."""
-    if torch.compiler.is_compiling():
+    # Outside of a dual level none can: a pass that asks about all parameters of a block should not have to walk them.
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if x is not None)
 

@@ -52,7 +52,7 @@ def auto_local_attention(
 ) -> Tensor:
     """The Triton kernels on a GPU that can run them, for small blocks; otherwise the windowed form."""
     suit = kernels_suit(query.device, query.dtype, query.shape[-1], window)
-    suit = suit and not has_tangent(query, key, value, saliency, bias)
+    suit = suit and not has_tangent((query, key, value, saliency, bias))
     attend = triton_local_attention if suit else windowed_local_attention
     return attend(
         query,
@@ -105,7 +105,7 @@ def triton_local_attention(
         ImportError: triton is missing.
         RuntimeError: forward-mode derivatives are asked for.
     """
-    if has_tangent(query, key, value, saliency, bias):
+    if has_tangent((query, key, value, saliency, bias)):
         raise RuntimeError(f"backend='triton' cannot take forward-mode derivatives; {_WINDOWED_CAN}")
     if query.dtype not in DTYPES:
         known = ", ".join(map(str, DTYPES))
