@@ -11,7 +11,7 @@ from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.devices import refuse_absent
 from vision_remember.adapters.processor import PlaceholderCount, tokens_per_tile
 from vision_remember.adapters.pruner_attachment import find_pruner
-from vision_remember.adapters.resolve import HostParts, adapted_part, resolve
+from vision_remember.adapters.resolve import HostParts, adapted_part, level_field, resolve
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.adapters.token_grid import PatchSize, tile_side
 from vision_remember.encoder import find_module, level_width, scale_levels
@@ -36,7 +36,8 @@ class CompressionHandle:
         self._model, self._path = parts.model, parts.spec.projector
         self._original = find_module(parts.model, parts.spec.projector, "projector")
         self._config: Any = getattr(parts.model, "config", None)
-        self._own_layer = getattr(self._config, "vision_feature_layer", None)
+        self._field = level_field(parts.model)
+        self._own_layer = None if self._field is None else getattr(self._config, self._field)
         depth = len(list(find_module(parts.encoder, parts.encoder_spec.layers, "blocks").children()))
         self._layers = list(scale_levels(projector.encoder_levels, depth))
         self._patch_size = None if parts.spec.plain else PatchSize(parts.base, self.token_grid)
@@ -50,7 +51,7 @@ class CompressionHandle:
         try:
             _replace(self._model, self._path, self.projector)
             if self._layers:
-                self._config.vision_feature_layer = self._layers
+                self._set_levels(self._layers)
             if self._patch_size is not None:
                 self._patch_size.install()
             self._tell_processor()
@@ -125,9 +126,13 @@ class CompressionHandle:
             self._patch_size.uninstall()
         _replace(self._model, self._path, self._original)
         if self._layers:
-            self._config.vision_feature_layer = self._own_layer
+            self._set_levels(self._own_layer)
         if count is not None:
             count.write(self._processor)
+
+    def _set_levels(self, levels: Any) -> None:
+        assert self._field is not None
+        setattr(self._config, self._field, levels)
 
     def __repr__(self) -> str:
         h, w = self.token_grid
@@ -243,7 +248,7 @@ def _build(parts: HostParts, name: str, ratio: int | None, out_grid: Grid | None
     refuse_absent(weights, type(original).__name__, "compress the projector after loading and before offloading it")
     like = next(iter(weights.values()))
     projector = new_projector(parts, name, ratio=ratio, out_grid=out_grid, **options)
-    if projector.encoder_levels and not hasattr(getattr(parts.model, "config", None), "vision_feature_layer"):
+    if projector.encoder_levels and level_field(parts.model) is None:
         raise ValueError(
             f"projector {name!r} reads several encoder levels, which {type(parts.model).__name__} cannot give"
         )
@@ -261,7 +266,8 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _level_width(parts: HostParts, *, joined: bool) -> int:
     """C, width of one level; ``joined``: of what the host gives to its own projector, which may be several levels."""
-    layer = getattr(getattr(parts.model, "config", None), "vision_feature_layer", -1)
+    field = level_field(parts.model)
+    layer = -1 if field is None else getattr(parts.model.config, field)
     return level_width(parts.encoder, parts.encoder_spec) * (
         len(layer) if joined and isinstance(layer, (list, tuple)) else 1
     )

@@ -25,7 +25,7 @@ from vision_remember.adapters.attachment import ENCODER_SLOT, INTERCEPTION
 from vision_remember.adapters.encoder_attention import over_tokens, patch_attention
 from vision_remember.adapters.encoding import Encoding
 from vision_remember.adapters.pruner_attachment import FEATURES, PrunerAttachment
-from vision_remember.adapters.resolve import HostParts
+from vision_remember.adapters.resolve import HostParts, level_field
 from vision_remember.adapters.sample import samples
 from vision_remember.adapters.tokens import placeholders, wants_tuple
 from vision_remember.adapters.transport import recalls_of, with_rows, without_rows
@@ -150,7 +150,7 @@ class EncoderPrunerAttachment(PrunerAttachment):
     ) -> tuple[Any, tuple[VisionMemory, ...]]:
         """What the method returns, and which tokens stay, as memories of one channel."""
         named = dict(zip(list(inspect.signature(method).parameters)[1:], args, strict=False)) | kwargs
-        level = feature_level(self.model, len(self._blocks), named.get("vision_feature_layer"))
+        level = feature_level(self.model, len(self._blocks), named.get(level_field(self.model) or ""))
         if level != self._level:
             raise ValueError(
                 f"the features of encoder level {level} are asked for, and the pruner was attached to those of level "
@@ -265,7 +265,8 @@ def feature_level(model: nn.Module, depth: int, layers: Any = None) -> int:
         layers: what a call asks for; None for what the configuration says.
     """
     if layers is None:
-        layers = getattr(model.config, "vision_feature_layer", -1)
+        field = level_field(model)
+        layers = -1 if field is None else getattr(model.config, field)
     chosen = [-1] if layers is None else [layers] if isinstance(layers, int) else list(layers)
     return max(layer if layer >= 0 else depth + 1 + layer for layer in chosen)
 

@@ -95,6 +95,15 @@ def adapted_part(module: nn.Module) -> str | None:
     return next(wrapped, None)
 
 
+def level_field(model: nn.Module) -> str | None:
+    """The field of a host's configuration that says which encoder levels its projector reads; None if it has none.
+
+    Vip-LLaVA's, and the argument of the same name, are in the plural in older versions of transformers.
+    """
+    names = ("vision_feature_layer", "vision_feature_layers")
+    return next((name for name in names if hasattr(getattr(model, "config", None), name)), None)
+
+
 def encoders(parts: HostParts) -> list[nn.Module]:
     """The vision encoder, and whatever stands beside it and reads pixels or sound: of video, say."""
     readers = [m for m in parts.model.modules() if isinstance(m, PreTrainedModel) and m.main_input_name != "input_ids"]
