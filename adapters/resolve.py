@@ -131,6 +131,10 @@ def resolve(model: nn.Module, spec: MLLMSpec | None = None) -> HostParts:
     encoder = trained_copy(find_module(model, spec.encoder, "vision encoder"))
     projector = None if spec.projector is None else find_module(model, spec.projector, "projector")
     decoder = find_module(model, spec.decoder, "decoder")
+    if projector is not None and not {encoder, decoder}.isdisjoint(projector.modules()):
+        raise ValueError(
+            f"{type(projector).__name__} at {spec.projector!r} holds the encoder or the decoder: expected the projector"
+        )
     encoder_names = spec.encoder_spec or encoder_spec(encoder)
     decoder_names = spec.decoder_spec or _decoder_spec(decoder)
     layers = find_module(decoder, decoder_names.layers, "layers")

@@ -49,6 +49,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"token_grid": (3, 0)}, "token_grid=.*positive integers"),
     ({"spec": MLLMSpec(name="llava", encoder="model.eyes")}, "has no module 'model.eyes' for its vision encoder"),
     ({"spec": MLLMSpec(name="llava", base="lm_head")}, "no get_image_features"),
+    ({"spec": MLLMSpec(name="llava", projector="")}, "LlavaForConditionalGeneration at '' holds the encoder"),
+    ({"spec": MLLMSpec(name="llava", projector="model")}, "LlavaModel at 'model' holds the encoder or the decoder"),
 ]
 
 
