@@ -11,7 +11,7 @@ from vision_remember.adapters.attachment import find_attachment
 from vision_remember.adapters.devices import refuse_absent
 from vision_remember.adapters.processor import PlaceholderCount, tokens_per_tile
 from vision_remember.adapters.pruner_attachment import find_pruner
-from vision_remember.adapters.resolve import HostParts, adapted_part, level_field, resolve
+from vision_remember.adapters.resolve import HostParts, adapted_part, level_field, levels_read, resolve
 from vision_remember.adapters.spec import MLLMSpec
 from vision_remember.adapters.token_grid import PatchSize, tile_side
 from vision_remember.encoder import find_module, level_width, scale_levels
@@ -37,7 +37,7 @@ class CompressionHandle:
         self._original = find_module(parts.model, parts.spec.projector, "projector")
         self._config: Any = getattr(parts.model, "config", None)
         self._field = level_field(parts.model)
-        self._own_layer = None if self._field is None else getattr(self._config, self._field)
+        self._own_layer = levels_read(parts.model)
         depth = len(list(find_module(parts.encoder, parts.encoder_spec.layers, "blocks").children()))
         self._layers = list(scale_levels(projector.encoder_levels, depth))
         self._patch_size = None if parts.spec.plain else PatchSize(parts.base, self.token_grid)
@@ -266,8 +266,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _level_width(parts: HostParts, *, joined: bool) -> int:
     """C, width of one level; ``joined``: of what the host gives to its own projector, which may be several levels."""
-    field = level_field(parts.model)
-    layer = -1 if field is None else getattr(parts.model.config, field)
+    layer = levels_read(parts.model)
     return level_width(parts.encoder, parts.encoder_spec) * (
         len(layer) if joined and isinstance(layer, (list, tuple)) else 1
     )

@@ -25,7 +25,7 @@ from vision_remember.adapters.attachment import ENCODER_SLOT, INTERCEPTION
 from vision_remember.adapters.encoder_attention import over_tokens, patch_attention
 from vision_remember.adapters.encoding import Encoding
 from vision_remember.adapters.pruner_attachment import FEATURES, PrunerAttachment
-from vision_remember.adapters.resolve import HostParts, level_field
+from vision_remember.adapters.resolve import HostParts, level_field, levels_read
 from vision_remember.adapters.sample import samples
 from vision_remember.adapters.tokens import placeholders, wants_tuple
 from vision_remember.adapters.transport import recalls_of, with_rows, without_rows
@@ -265,8 +265,7 @@ def feature_level(model: nn.Module, depth: int, layers: Any = None) -> int:
         layers: what a call asks for; None for what the configuration says.
     """
     if layers is None:
-        field = level_field(model)
-        layers = -1 if field is None else getattr(model.config, field)
+        layers = levels_read(model)
     chosen = [-1] if layers is None else [layers] if isinstance(layers, int) else list(layers)
     return max(layer if layer >= 0 else depth + 1 + layer for layer in chosen)
 

@@ -104,6 +104,12 @@ def level_field(model: nn.Module) -> str | None:
     return next((name for name in names if hasattr(getattr(model, "config", None), name)), None)
 
 
+def levels_read(model: nn.Module) -> Any:
+    """What :func:`level_field` holds: one level, several, or None; the last one, -1, where there is no such field."""
+    field = level_field(model)
+    return -1 if field is None else getattr(model.config, field)
+
+
 def encoders(parts: HostParts) -> list[nn.Module]:
     """The vision encoder, and whatever stands beside it and reads pixels or sound: of video, say."""
     readers = [m for m in parts.model.modules() if isinstance(m, PreTrainedModel) and m.main_input_name != "input_ids"]
