@@ -105,9 +105,9 @@ class LevelLinear(nn.Linear):
         weights = self.weight.split([level.shape[-1] for level in features], dim=1)
         total = F.linear(features[0], weights[0], self.bias).flatten(0, -2)
         # In place where no gradient may need the sum so far: out of place it is copied first. Autocast narrows the
-        # arguments of the latter alone, and vmap knows no other.
+        # arguments of the latter alone, and vmap knows no other. Compiled code is functional by itself.
         copying = torch.is_grad_enabled() or torch.is_autocast_enabled(total.device.type)
-        copying = copying or torch._C._are_functorch_transforms_active()
+        copying = copying or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         for level, weight in zip(features[1:], weights[1:], strict=True):
             total = (total.addmm if copying else total.addmm_)(level.flatten(0, -2), weight.t())
         return total.view(*features[0].shape[:-1], self.out_features)
