@@ -41,7 +41,7 @@ ARROWS = {
     "registry": GROUND,
     "typed": set(),
     "encoder": GROUND,
-    "memory": GROUND | {"side_stream"},
+    "memory": GROUND | {"ops", "side_stream"},
     "side_stream": set(),
     "analysis": GROUND | {"memory"},
     "ops": GROUND,

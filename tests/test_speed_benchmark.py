@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.speed.__main__ import SUITES, main
-from benchmarks.speed.measure import Plan, measure
+from benchmarks.speed.measure import Plan, measure, quartiles
 
 FIRST = {
     "op": "regions",
@@ -56,6 +57,12 @@ def test_first_tokens_after_several_tiles_stand_in_a_file_of_their_own(tmp_path:
     results = json.loads((tmp_path / "speed_cpu_ttft_tiny_x2_x3.json").read_text())["results"]
     found = [(result["case"], result["name"]) for result in results]
     assert found == [(case, name) for case in ("tiny x2", "tiny x3") for name in ("pooled", "uncompressed")]
+
+
+@pytest.mark.parametrize("values", [[7.0], [1.0, 100.0], [1.0, 2.0, 100.0], [3.0, 1.0, 2.0, 50.0, 4.0]])
+def test_quartiles_lie_among_what_was_measured(values: list[float]) -> None:
+    low, high = quartiles(values)
+    assert min(values) <= low <= statistics.median(values) <= high <= max(values)
 
 
 def test_a_candidate_that_cannot_run_here_is_named_and_the_others_are_measured() -> None:

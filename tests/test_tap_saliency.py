@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.encoders import DEPTH, HEADS, PATCHES, PREFIX, build, captured, every_encoder, images, logits_of
-from vision_remember import cls_saliency
+from tests.encoders import DEPTH, HEADS, PATCHES, PREFIX, build, captured, every_encoder, hooks, images, logits_of
+from vision_remember import MultiLevelTap, cls_saliency
 from vision_remember.saliency import SALIENCY_VARIANTS
 
 
@@ -123,3 +123,66 @@ def test_options_reach_the_map(variant: str) -> None:
     logits = logits_of(encoder, 4, images())[:, :, 0, 1:]
     expected = cls_saliency(torch.ones(2, HEADS, 1), logits.unsqueeze(-1), **options)
     torch.testing.assert_close(captured(encoder, images(), **options).saliency, expected, rtol=0, atol=1e-5)
+
+
+@every_encoder
+def test_the_block_projects_once(name: str) -> None:
+    """Its own queries and keys are read; nothing is projected again."""
+    encoder = build(name)
+    attention = encoder.encoder.layers[3].self_attn
+    calls: list[str] = []
+    for which in ("q_proj", "k_proj"):
+        getattr(attention, which).register_forward_hook(lambda *_, which=which: calls.append(which))
+    assert captured(encoder, images()).saliency is not None
+    assert sorted(calls) == ["k_proj", "q_proj"]
+
+
+class _Adapted(nn.Module):
+    """What adapters put in a projection's place."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.base(x)
+        return 2 * projected + x
+
+
+@every_encoder
+def test_a_projection_replaced_under_an_installed_tap_takes_part(name: str) -> None:
+    """The hooks are on the module that stood there before."""
+    encoder = build(name)
+    tap = MultiLevelTap(encoder, (2, 4))
+    tap.install()
+    attention = encoder.encoder.layers[3].self_attn
+    attention.k_proj = _Adapted(attention.k_proj)
+    with tap.record() as seen, torch.no_grad():
+        encoder(images())
+    torch.testing.assert_close(seen.saliency, captured(encoder, images()).saliency, rtol=0, atol=1e-5)
+    tap.remove()
+    assert hooks(encoder) == 0
+    logits = logits_of(encoder, 4, images())
+    # The CLS token's row, or the mean over patch queries.
+    row = logits[:, :, 0, 1:] if name == "clip" else logits.mean(2)
+    torch.testing.assert_close(seen.saliency, row.mean(1).sigmoid(), rtol=0, atol=1e-5)
+
+
+def test_a_block_that_projects_something_else_is_read_from_its_input() -> None:
+    """Such as one that drops tokens ahead of its attention: what its projections return does not fit the patches."""
+
+    class Halved(nn.Module):
+        def __init__(self, attention: nn.Module) -> None:
+            super().__init__()
+            self.attention = attention
+            self.q_proj, self.k_proj, self.num_heads = attention.q_proj, attention.k_proj, attention.num_heads
+
+        def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+            self.attention(hidden_states[:, ::2], **kwargs)
+            return self.attention.out_proj(hidden_states), None
+
+    encoder = build()
+    expected = captured(encoder, images()).saliency
+    layer = encoder.encoder.layers[3]
+    layer.self_attn = Halved(layer.self_attn)
+    torch.testing.assert_close(captured(encoder, images()).saliency, expected, rtol=0, atol=1e-5)

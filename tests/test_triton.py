@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.triton_cases import Case, tensors, with_gradients
 from vision_remember import local_attention
-from vision_remember.ops import triton_local_attention
+from vision_remember.ops import triton_local_attention, triton_support
 
 ROOT = Path(__file__).resolve().parents[1]
 CASE = Case((3, 4), (5, 7), window=2)
@@ -137,6 +137,6 @@ def test_kernels_suit_no_transform() -> None:
 def test_on_a_gpu_auto_does_without(
     importable: bool, new_enough: bool, windowed: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_local_attention, "_IMPORTABLE", importable)
-    monkeypatch.setattr(triton_local_attention, "_is_new_enough", lambda device: new_enough)
+    monkeypatch.setattr(triton_support, "_IMPORTABLE", importable)
+    monkeypatch.setattr(triton_support, "_is_new_enough", lambda device: new_enough)
     assert on_a_gpu(CASE, torch.float32, "auto")[0] is windowed

@@ -27,6 +27,11 @@ TENSORS = {
     "hidden",
     "weight",
     "read",
+    "update",
+    "first",
+    "second",
+    "third",
+    "fourth",
     *(f"grad_{x}" for x in ("out", "query", "key", "value")),
 }
 KERNELS = ("forward_kernel", "query_gradient_kernel", "cell_gradient_kernel")
@@ -41,13 +46,13 @@ class Usage(NamedTuple):
     spilled_bytes: int
 
 
-def options(kernel: str, dim: int) -> dict[str, Any]:
+def options(kernel: str, dim: int, shared_bias: bool = False) -> dict[str, Any]:
     """What the operator compiles for, with saliency and bias and many queries."""
     query = torch.empty(1, 1, 1, dim)
     given = triton_local_attention._options(query, query, query, query)
     rows = triton_local_attention._rows(10_000, given)
     if kernel == "forward_kernel":
-        return {**given, "QUERIES": rows}
+        return {**given, "SHARED_BIAS": shared_bias, "QUERIES": rows}
     given["WANTS_SALIENCY"] = True
     if kernel == "cell_gradient_kernel":
         return {**given, "CELLS": rows}
@@ -63,7 +68,7 @@ def compiled(
     directory: Path,
     launch: dict[str, Any] = triton_local_attention._COMPILE,
 ) -> Usage:
-    """Compiles a kernel as a launch on such a GPU would, aligned tensors and strides included."""
+    """Compiles a kernel as a launch on such a GPU would, aligned tensors, strides and widths included."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
@@ -77,13 +82,16 @@ def compiled(
             signature[argument] = "constexpr"
         elif argument in ALWAYS_FLOAT32:
             signature[argument] = "*fp32"
+        elif argument == "mask":
+            signature[argument] = "*i1"
+        elif argument == "positions" or (name == "find_kernel" and argument == "out"):
+            signature[argument] = "*i64"
         elif argument in TENSORS:
             signature[argument] = DTYPES[dtype]
-        elif argument == "positions":
-            signature[argument] = "*i64"
         else:
             signature[argument] = "fp32" if argument in ("scale", "eps") else "i32"
-        if signature[argument].startswith("*") or argument.endswith(("_batch", "_head", "_row")):
+        aligned = argument.endswith(("_batch", "_head", "_row", "_stride")) or argument in ("width", "inner")
+        if signature[argument].startswith("*") or aligned:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(
         fn=kernel,
@@ -116,9 +124,11 @@ def compiled(
         pytest.param(torch.float32, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("kernel", [*KERNELS, OWNING])
-def test_usual_heads(kernel: str, dtype: torch.dtype, dim: int, capability: int, tmp_path: Path) -> None:
-    usage = compiled(kernel.split(",")[0], dtype, capability, options(kernel, dim), tmp_path)
+@pytest.mark.parametrize(("kernel", "shared_bias"), [("forward_kernel", True), *product((*KERNELS, OWNING), (False,))])
+def test_usual_heads(
+    kernel: str, shared_bias: bool, dtype: torch.dtype, dim: int, capability: int, tmp_path: Path
+) -> None:
+    usage = compiled(kernel.split(",")[0], dtype, capability, options(kernel, dim, shared_bias), tmp_path)
     assert usage.registers <= MOST_REGISTERS
     assert usage.spilled_bytes == 0
 
@@ -135,12 +145,23 @@ def test_other_sizes(kernel: str, dtype: torch.dtype, dim: int, capability: int,
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [None, 1024, 4096, 16384], ids=["write", "norm 1024", "norm 4096", "norm 16384"])
-def test_rows_of_the_stream(width: int | None, dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
-    if width is None:
-        kernel, given = "write_kernel", {"HAS_BIAS": True, **triton_rows.write_options(dtype)}
+@pytest.mark.parametrize(
+    ("kernel", "width"),
+    [
+        ("find_kernel", None),
+        ("write_kernel", None),
+        ("add_kernel", None),
+        *product(("normalise_kernel", "join_kernel"), (1024, 4096, 16384)),
+    ],
+)
+def test_rows(kernel: str, width: int | None, dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
+    given: dict[str, Any]
+    if width is not None:
+        given = {**(triton_rows.norm_options if kernel == "normalise_kernel" else triton_rows.join_options)(width)}
+    elif kernel == "write_kernel":
+        given = {"HAS_BIAS": True, **triton_rows.write_options(dtype)}
     else:
-        kernel, given = "normalise_kernel", triton_rows.norm_options(width)
+        given = {**(triton_rows.ADD_OPTIONS if kernel == "add_kernel" else triton_rows.FIND_OPTIONS)}
     constants = {name: value for name, value in given.items() if name.isupper()}
     launch = {name: value for name, value in given.items() if not name.isupper()}
     usage = compiled(kernel, dtype, capability, constants, tmp_path, launch)

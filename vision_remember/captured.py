@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vision_remember.arrangement import Arrangement
 from vision_remember.grid import Grid
@@ -50,6 +50,8 @@ class Captured:
     # no tensors that the block saves not when it is run again.
     _hidden: dict[int, Tensor] = field(default_factory=dict)
     _saliency: list[Tensor] | None = None
+    # Queries and keys of the block that tells the saliency, by the modules that made them; none once it has run.
+    _projected: dict[nn.Module, Tensor] = field(default_factory=dict)
     _arrangement: Arrangement | None = None
     _arguments: dict[str, Any] = field(default_factory=dict)
     _patch_grid: Grid | None = None
@@ -97,7 +99,7 @@ class Captured:
 
     def forget(self) -> None:
         """Makes room for another run of the encoder."""
-        self._hidden, self._saliency, self._arrangement = {}, None, None
+        self._hidden, self._saliency, self._projected, self._arrangement = {}, None, {}, None
 
     def _only(self) -> CapturedGroup:
         groups = self.groups

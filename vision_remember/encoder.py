@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -122,6 +122,32 @@ def level_width(encoder: nn.Module, spec: EncoderSpec) -> int:
     if weight is None:
         raise ValueError(f"{type(block).__name__} has no norm {path!r} whose weight tells the width of the features")
     return int(weight.numel())
+
+
+def projections(spec: EncoderSpec, block: nn.Module) -> list[nn.Module]:
+    """The modules that a block's attention calls for its queries and keys; none where it reads their weights itself."""
+    paths = [spec.query, spec.key] if spec.fused is None else [spec.fused]
+    modules = [find_module(block, path or "", "projections") for path in paths]
+    return [module for module in modules if not isinstance(module, nn.MultiheadAttention)]
+
+
+def projected(
+    spec: EncoderSpec, block: nn.Module, which: Literal["query", "key"], made: Mapping[nn.Module, Tensor]
+) -> Tensor | None:
+    """:func:`project` as the block did it itself.
+
+    Args:
+        spec: the encoder's; it has attention.
+        block: one of its blocks.
+        which: of the two.
+        made: what its modules returned.
+
+    Returns:
+        None if the module that stands there now is not among them.
+    """
+    path = spec.fused or (spec.query if which == "query" else spec.key)
+    output = made.get(find_module(block, path or "", which))
+    return output if output is None or spec.fused is None else output.chunk(3, dim=-1)[0 if which == "query" else 1]
 
 
 def project(spec: EncoderSpec, block: nn.Module, which: Literal["query", "key"], x: Tensor) -> Tensor:

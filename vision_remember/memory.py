@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vision_remember.grid import Grid
 from vision_remember.layout import VisionLayout
+from vision_remember.ops.triton_rows import can_find, find_places
 from vision_remember.side_stream import SideWork, run_beside
 
 
@@ -291,9 +292,10 @@ def _is_rewritten_in_place(block: Callable[..., Any], hidden: Tensor, layout: Vi
     """Whether the block rewrites rows where they stand: it was prepared for that, and no token is missing."""
     if ready is None or layout.slots is not None or not hasattr(block, "rewrites"):
         return False
-    return bool(block.rewrites(hidden, ready, len(layout.positions)))
+    return bool(block.rewrites(hidden, ready))
 
 
 def _positions(placeholders: Tensor, count: int) -> Tensor:
     """(count,), indices of the placeholders in the flattened sequences; row i of the image tokens fills the i-th."""
-    return torch.nonzero_static(placeholders.flatten(), size=count).squeeze(1)
+    mask = placeholders.flatten()
+    return find_places(mask, count) if can_find(mask) else torch.nonzero_static(mask, size=count).squeeze(1)

@@ -19,7 +19,7 @@ from vision_remember.interactions.region_cells import PreparedRaster
 from vision_remember.interactions.token_mixer import TokenMixerKind
 from vision_remember.ops.one_query import has_tangent
 from vision_remember.ops.triton_local_attention import DTYPES
-from vision_remember.ops.triton_rows import MOST_ROWS, gather_normalised, write_update
+from vision_remember.ops.triton_rows import MOST_ROWS, add_update, gather_normalised, write_update
 
 _NORM_EPS = 1e-6
 
@@ -229,7 +229,7 @@ class VisionRemember(nn.Module):
         text = None if text is None else self._cast(text)
         return tokens + self.token_mixer(self._cast(tokens), text=text, present=present).to(tokens.dtype)
 
-    def rewrites(self, hidden: Tensor, prepared: Any, tokens: int) -> bool:
+    def rewrites(self, hidden: Tensor, prepared: Any) -> bool:
         """Whether :meth:`rewrite` does what the forward does between a gather and a scatter of rows.
 
         Not with derivatives or under autocast, nor where somebody listens or a stranger stands in a module's place.
@@ -237,9 +237,8 @@ class VisionRemember(nn.Module):
         Args:
             hidden: (B, S, D).
             prepared: what the forward would get as ``features``.
-            tokens: how many rows there are to rewrite.
         """
-        if not isinstance(prepared, PreparedRaster) or torch.is_grad_enabled() or tokens > MOST_ROWS:
+        if not isinstance(prepared, PreparedRaster) or torch.is_grad_enabled():
             return False
         reader = self.interaction
         plain = is_plain(self, VisionRemember) and is_plain(self.norm, nn.RMSNorm) and self.token_mixer is None
@@ -270,7 +269,10 @@ class VisionRemember(nn.Module):
         tokens = gather_normalised(rows, positions, self.norm.weight, _NORM_EPS)
         tokens = tokens.view(tiles, token_grid[0] * token_grid[1], hidden.shape[-1])
         read = reader.read_raster(tokens, prepared, token_grid=token_grid, feature_grid=prepared.feature_grid)
-        return write_update(rows, positions, read.flatten(0, 1), out.weight, out.bias).view_as(hidden)
+        read = read.flatten(0, 1)
+        if len(positions) <= MOST_ROWS:
+            return write_update(rows, positions, read, out.weight, out.bias).view_as(hidden)
+        return add_update(rows, positions, out(read)).view_as(hidden)
 
     def _cast_features(self, features: Features) -> Features:
         return self._cast(features) if isinstance(features, Tensor) else [self._cast(level) for level in features]

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vision_remember.arrangement import arrange
 from vision_remember.captured import Captured
-from vision_remember.encoder import EncoderSpec, find, find_module, project
+from vision_remember.encoder import EncoderSpec, find, find_module, project, projected, projections
 from vision_remember.saliency import Center, cls_saliency
 from vision_remember.threads import RunStack
 
@@ -27,7 +27,7 @@ class MultiLevelTap:
     """Keeps chosen levels of a vision encoder, and a saliency map, while the encoder runs as it always does.
 
     Only hooks are used: the encoder's numerics, its attention implementation and its state dict stay as they are, and
-    no attention map is ever built; the saliency comes from one query row, recomputed in one layer::
+    no attention map is ever built; the saliency comes from one query row and the keys of one layer::
 
         tap = MultiLevelTap(encoder, levels=(13, 18, 23))
         with tap.capture() as captured:
@@ -178,7 +178,8 @@ class MultiLevelTap:
             handles.append(head.register_forward_pre_hook(self._keep_head_saliency))
         elif self.saliency is not None:
             block = blocks[self.saliency_level - 1]
-            handles.append(block.register_forward_pre_hook(self._keep_saliency, with_kwargs=True))
+            handles += [m.register_forward_hook(self._keep_projection) for m in projections(self.spec, block)]
+            handles.append(block.register_forward_hook(self._keep_saliency, with_kwargs=True))
         return handles
 
     def _keep_arguments(self, encoder: nn.Module, args: Any, kwargs: Any) -> None:
@@ -219,9 +220,14 @@ class MultiLevelTap:
         assert captured._arrangement is not None
         return captured._arrangement.split(hidden)
 
+    def _keep_projection(self, module: nn.Module, args: Any, output: Any) -> None:
+        captured = self._runs.innermost()
+        if captured is not None and isinstance(output, Tensor):
+            captured._projected[module] = output.detach()
+
     @torch.no_grad()
-    def _keep_saliency(self, block: nn.Module, args: Any, kwargs: Any) -> None:
-        """Computes one row of the block's attention logits from its input, before the block runs.
+    def _keep_saliency(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Computes one row of the block's attention logits.
 
         Never with gradient: under activation checkpointing values from inside a block have none, and the map is a
         weight, not a path for learning.
@@ -229,20 +235,35 @@ class MultiLevelTap:
         captured = self._runs.innermost()
         if captured is None:
             return
-        normed = find_module(block, self.spec.norm or "", "attention norm")(_first_input(args, kwargs))
         heads = find(block, self.spec.num_heads or "")
         maps = []
+        for query, keys in self._row_and_keys(captured, block, _first_input(args, kwargs)):
+            row, patches = (x.unflatten(-1, (heads, -1)) for x in (query, keys))
+            maps.append(cls_saliency(row[:, 0], patches.transpose(1, 2), **self._saliency_options))
+        captured._saliency, captured._projected = maps, {}
+
+    def _row_and_keys(self, captured: Captured, block: nn.Module, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The query that asks, (T, 1, C), and the patches' keys, (T, H*W, C), of each group.
+
+        As the block's own attention made them; where that cannot be seen, made again from the block's input.
+        """
+        made = [projected(self.spec, block, which, captured._projected) for which in ("query", "key")]
+        queries, keys = (x if x is not None and x.shape[:-1] == hidden.shape[:-1] else None for x in made)
+        if queries is not None and keys is not None:
+            for own, patches in zip(self._split(captured, queries), self._split(captured, keys), strict=True):
+                yield self._row(queries, own), patches
+            return
+        normed = find_module(block, self.spec.norm or "", "attention norm")(hidden)
         for patches in self._split(captured, normed):
-            if self.saliency == "cls":
-                assert self.spec.cls_token is not None
-                source = normed[:, self.spec.cls_token, None]
-            else:
-                # The mean over queries of a linear map is the map of the mean: one row instead of H*W.
-                source = patches.mean(1, keepdim=True)
-            query = project(self.spec, block, "query", source).unflatten(-1, (heads, -1))
-            keys = project(self.spec, block, "key", patches).unflatten(-1, (heads, -1))
-            maps.append(cls_saliency(query[:, 0], keys.transpose(1, 2), **self._saliency_options))
-        captured._saliency = maps
+            row = project(self.spec, block, "query", self._row(normed, patches))
+            yield row, project(self.spec, block, "key", patches)
+
+    def _row(self, whole: Tensor, patches: Tensor) -> Tensor:
+        """(B, 1, C): the CLS token's, or the mean of the patches'. The query of a mean is the mean of the queries."""
+        if self.saliency == "received":
+            return patches.mean(1, keepdim=True)
+        assert self.spec.cls_token is not None
+        return whole[:, self.spec.cls_token, None]
 
     @torch.no_grad()
     def _keep_head_saliency(self, head: nn.Module, args: Any) -> None:

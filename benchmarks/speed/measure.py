@@ -204,16 +204,19 @@ def _result(case: str, name: str, times: list[float], first: list[float], peak: 
         case,
         name,
         statistics.median(times),
-        _quartiles(times),
+        quartiles(times),
         statistics.median(ratios),
-        _quartiles(ratios),
+        quartiles(ratios),
         tuple(times),
         peak,
     )
 
 
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """The first and the third."""
+    if len(values) < 3:  # whose quartiles would lie outside of what was measured
+        return min(values), max(values)
+    low, _, high = statistics.quantiles(values, n=4)
     return low, high
 
 

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from tests.hosts import batch, build_llava, randomise
 from tests.launches import Launches
-from vision_remember import VisionRemember, attach_vision_remember
+from vision_remember import VisionRemember, attach_vision_remember, remember
 from vision_remember.grid import Grid
 from vision_remember.memory import Recall, Span, VisionMemory
 from vision_remember.ops import triton_kernels, triton_local_attention, triton_row_kernels
@@ -24,6 +24,8 @@ from vision_remember.remember import lay_weights_side_by_side, prepare_together
 WIDTH, LEVEL = 32, 8
 EVEN, UNEVEN = ((3, 4), (6, 8)), ((3, 4), (5, 7))
 FUSED = ["gather_normalised", "local_attention", "write_update"]
+FOR_MANY = ["gather_normalised", "local_attention", "add_update"]
+PLAIN = ["local_attention"]
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +62,9 @@ def through(blocks: list[VisionRemember], recall: Recall, hidden: Tensor) -> Ten
 
 
 def ours(launches: Launches) -> list[str]:
-    return [name.split(".")[1] for name in launches.names if name.startswith("vision_remember")]
+    """The operators of ours but the one that joins levels, which all blocks share."""
+    named = [name.split(".")[1] for name in launches.names if name.startswith("vision_remember")]
+    return [name for name in named if name != "join_normalised"]
 
 
 def in_double(blocks: list[VisionRemember], grids: tuple[Grid, Grid], **options: Any) -> Tensor:
@@ -107,6 +111,32 @@ def test_fused_blocks_are_the_loop_in_float64(
 
 
 @torch.no_grad()
+def test_many_rows_are_left_to_the_libraries_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remember, "MOST_ROWS", 35)
+    blocks = blocks_of("triton")
+    memory, hidden, places = problem(EVEN)
+    with Launches() as launches:
+        found = through(blocks, memory.recall_images([0, 1], places), hidden)
+    assert ours(launches) == 2 * FOR_MANY
+    torch.testing.assert_close(found.double(), in_double(blocks, EVEN), rtol=0, atol=5e-6)
+    assert torch.equal(found[~places], hidden[~places])
+
+
+@torch.no_grad()
+def test_levels_that_differ_in_width_are_joined_by_plain_operators() -> None:
+    blocks = blocks_of("triton", level_dims=(4, 8, 12))
+    memory, hidden, places = problem(EVEN)
+    joined = torch.cat(memory.levels, dim=-1)
+    memory = dataclasses.replace(memory, levels=joined.split((4, 8, 12), dim=-1))
+    with Launches() as launches:
+        found = through(blocks, memory.recall_images([0, 1], places), hidden)
+    assert "vision_remember.join_normalised.default" not in launches.names
+    with Launches() as launches:
+        expected = through(blocks_of("windowed", level_dims=(4, 8, 12)), memory.recall_images([0, 1], places), hidden)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
 def test_float32_blocks_in_a_half_precision_stream() -> None:
     blocks = blocks_of("triton")
     memory, hidden, places = problem(EVEN)
@@ -128,14 +158,14 @@ def test_each_operator_is_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
             started[self.name] += 1
             return self.kernel[grid]
 
-    kernels = ["normalise_kernel", "forward_kernel", "write_kernel"]
+    kernels = ["join_kernel", "normalise_kernel", "forward_kernel", "write_kernel"]
     for name in kernels:
         module = triton_kernels if name == "forward_kernel" else triton_row_kernels
         monkeypatch.setattr(module, name, Counted(module, name))
     memory, hidden, places = problem(EVEN)
     with torch.no_grad():
         through(blocks_of("triton"), memory.recall_images([0, 1], places), hidden)
-    assert started == dict.fromkeys(kernels, 2)
+    assert started == {**dict.fromkeys(kernels, 2), "join_kernel": 1}
 
 
 def _hooked(block: VisionRemember) -> None:
@@ -167,7 +197,7 @@ def test_modules_are_called_where_somebody_listens(change: Any) -> None:
         change(block)
     with Launches() as launches:
         found = through(blocks, recall, hidden)
-    assert ours(launches) == 2 * ["local_attention"]
+    assert ours(launches) == 2 * PLAIN
     torch.testing.assert_close(found, fused, rtol=0, atol=2e-6)
 
 
@@ -188,7 +218,7 @@ def test_other_blocks_keep_their_modules_around_the_kernel(options: dict[str, An
     recall = memory.recall_images([0, 1], places)
     with Launches() as launches:
         found = through(blocks_of("triton", **options), recall, hidden)
-    assert ours(launches) == 2 * ["local_attention"]
+    assert ours(launches) == 2 * PLAIN
     torch.testing.assert_close(found, through(blocks_of("windowed", **options), recall, hidden), rtol=0, atol=2e-6)
 
 
@@ -199,7 +229,7 @@ def test_a_part_of_the_tokens_is_gathered_and_scattered_plainly() -> None:
     rows = torch.arange(places.sum()).roll(-24)
     with Launches() as launches:
         found = through(blocks_of("triton"), memory.recall_rows(rows, places), hidden)
-    assert ours(launches) == 2 * ["local_attention"]
+    assert ours(launches) == 2 * PLAIN
     expected = through(blocks_of("windowed"), memory.recall_rows(rows, places), hidden)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
@@ -242,7 +272,8 @@ def test_blocks_that_learn_share_what_has_no_weights() -> None:
     memory, hidden, places = problem(EVEN)
     with Launches() as launches:
         through(blocks, memory.recall_images([0, 1], places), hidden)
-    assert launches.names.count("aten.cat.default") == launches.names.count("aten.native_layer_norm.default") == 1
+    assert launches.names.count("vision_remember.join_normalised.default") == 1
+    assert not {"aten.cat.default", "aten.native_layer_norm.default"} & set(launches.names)
     cells = launches.names.count("aten.mm.default")
     assert cells == 2 * 2, launches.names
     assert launches.names.count("vision_remember.local_attention.default") == 2

@@ -5,10 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from vision_remember.layout import VisionLayout
-from vision_remember.ops.triton_rows import gather_normalised, write_update
+from vision_remember.ops.triton_rows import (
+    add_update,
+    can_join,
+    find_places,
+    gather_normalised,
+    join_normalised,
+    write_update,
+)
 
 # Of float32 sums of up to 100 products, and one rounding of half precision.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
@@ -46,6 +54,72 @@ def test_rows_are_gathered_and_normalised(
     close(found, F.rms_norm(rows_of_places, (width,), weight.double(), 1e-6), own)
 
 
+@pytest.mark.parametrize("length", [0, 1, 30, 2048, 2049, 5000])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("spare", [-2, 0, 3], ids=["too many", "all", "too few"])
+def test_places_are_found(length: int, share: float, spare: int) -> None:
+    mask = torch.rand(length, generator=torch.Generator().manual_seed(length)) < share
+    count = max(0, int(mask.sum()) + spare)
+    found = find_places(mask, count)
+    assert torch.equal(found, torch.nonzero_static(mask, size=count).squeeze(1))
+
+
+def levels_of(count: int, images: int, cells: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """As a tap cuts them out behind a CLS token; no two levels have the same mean or spread."""
+    return [
+        (3 * level + (1 + level) * torch.randn(images, cells + 1, width)).to(dtype)[:, 1:] for level in range(count)
+    ]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("count", "images", "cells", "width"),
+    [(1, 2, 3, 8), (3, 2, 5, 16), (4, 1, 2, 7), (5, 2, 3, 5), (9, 1, 1, 4), (3, 0, 4, 8), (2, 1, 3, 1)],
+)
+def test_levels_are_joined_and_each_normalised(
+    count: int, images: int, cells: int, width: int, dtype: torch.dtype
+) -> None:
+    levels = levels_of(count, images, cells, width, dtype)
+    assert can_join(levels)
+    found = join_normalised(levels, 1e-5)
+    assert found.dtype == dtype
+    close(found, torch.cat([F.layer_norm(level.double(), (width,), eps=1e-5) for level in levels], dim=-1), dtype)
+
+
+def test_a_level_far_from_zero_keeps_its_digits() -> None:
+    levels = [1000 + torch.randn(1, 4, 64), torch.randn(1, 4, 64)]
+    found = join_normalised(levels, 1e-5)
+    exact = torch.cat([F.layer_norm(level.double(), (64,), eps=1e-5) for level in levels], dim=-1)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=5e-4)
+
+
+def test_levels_that_differ_are_not_for_the_kernel() -> None:
+    one, other = levels_of(2, 2, 6, 8)
+    assert can_join([one, other])
+    assert not can_join([one, other[..., :4]])
+    assert not can_join([one, other.contiguous()])
+    assert not can_join([one, other.half()])
+    assert not can_join([one.double(), other.double()])
+    assert not can_join([one.transpose(1, 2), other.transpose(1, 2)])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not can_join([one, other])
+    with forward_ad.dual_level():
+        assert not can_join([one, forward_ad.make_dual(other, other)])
+
+
+@pytest.mark.parametrize(("stream", "own"), DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "count", "width"), [(70, 33, 5), (9, 9, 64), (40, 17, 600), (4, 1, 1), (3, 0, 8)])
+def test_an_update_is_added_to_some_rows_and_the_rest_stays(
+    rows: int, count: int, width: int, stream: torch.dtype, own: torch.dtype
+) -> None:
+    hidden, update = torch.randn(rows, width).to(stream), torch.randn(count, width).to(own)
+    places = positions_among(rows, count)
+    before = hidden.clone()
+    found = add_update(hidden, places, update)
+    assert torch.equal(hidden, before)
+    assert torch.equal(found, hidden.index_copy(0, places, hidden[places] + update.to(stream)))
+
+
 @pytest.mark.parametrize(("stream", "own"), DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
@@ -69,7 +143,7 @@ def test_a_product_is_added_to_some_rows_and_the_rest_stays(
     assert torch.equal(found[others], hidden[others])
 
 
-def test_both_take_a_view_of_a_wider_stream() -> None:
+def test_they_take_a_view_of_a_wider_stream() -> None:
     wide = torch.randn(12, 40)
     hidden, places = wide[:, 8:24], positions_among(12, 5)
     layout = VisionLayout(places, None, 1, (1, 5))
@@ -80,6 +154,7 @@ def test_both_take_a_view_of_a_wider_stream() -> None:
         found = write_update(hidden, places, tokens, linear.weight, linear.bias)
         expected = layout.scatter(hidden[None], layout.gather(hidden[None]) + linear(tokens))
         torch.testing.assert_close(found, expected[0])
+        torch.testing.assert_close(add_update(hidden, places, linear(tokens)), expected[0])
 
 
 @pytest.mark.parametrize("missing", [0, 1, 3, 4])
@@ -92,11 +167,15 @@ def test_positions_that_name_no_row_write_none(missing: int) -> None:
     expected = hidden.clone()
     expected[places[: 4 - missing]] += 1
     assert torch.equal(found, expected)
+    assert torch.equal(add_update(hidden, places, torch.ones(4, 16)), expected)
     assert gather_normalised(hidden, places, torch.ones(16), 1e-6)[4 - missing :].eq(0).all()
 
 
 def test_pytorch_finds_no_fault_with_the_operators() -> None:
     hidden, places = torch.randn(6, 16), torch.tensor([1, 2, 5])
     namespace = torch.ops.vision_remember
+    torch.library.opcheck(namespace.find_places, (torch.tensor([False, True, True]), 2))
+    torch.library.opcheck(namespace.join_normalised, (levels_of(3, 2, 4, 8), 1e-5))
+    torch.library.opcheck(namespace.add_update, (hidden, places, torch.randn(3, 16)))
     torch.library.opcheck(namespace.gather_normalised, (hidden, places, torch.ones(16), 1e-6))
     torch.library.opcheck(namespace.write_update, (hidden, places, torch.ones(3, 16), torch.randn(16, 16), None))

@@ -16,7 +16,7 @@ FeatureNorm = Literal["per_level", "joint", "none"]
 Features = Tensor | Sequence[Tensor]
 """(B, H*W, C), the levels joined on channels, or one (B, H*W, c) per level: the two mean the same."""
 
-_NORM_EPS = 1e-5
+LEVEL_NORM_EPS = 1e-5
 
 
 def are_features(value: object) -> TypeGuard[Features]:
@@ -69,13 +69,13 @@ class LevelNorm(nn.Module):
             return features
         if isinstance(features, Tensor):
             if self.kind == "joint":
-                return F.layer_norm(features, features.shape[-1:])
+                return F.layer_norm(features, features.shape[-1:], eps=LEVEL_NORM_EPS)
             if len(set(self.level_dims)) == 1:
                 grouped = features.unflatten(-1, (len(self.level_dims), self.level_dims[0]))
-                return F.layer_norm(grouped, grouped.shape[-1:]).flatten(-2)
+                return F.layer_norm(grouped, grouped.shape[-1:], eps=LEVEL_NORM_EPS).flatten(-2)
         levels = split_levels(features, self.level_dims)
         if self.kind == "per_level":
-            return [F.layer_norm(level, level.shape[-1:]) for level in levels]
+            return [F.layer_norm(level, level.shape[-1:], eps=LEVEL_NORM_EPS) for level in levels]
         return _normalised_together(levels)
 
     def extra_repr(self) -> str:
@@ -90,7 +90,7 @@ def _normalised_together(levels: Sequence[Tensor]) -> list[Tensor]:
     mean = torch.stack([level.sum(-1, keepdim=True) for level in wide]).sum(0) / channels
     centred = [level - mean for level in wide]
     variance = torch.stack([level.square().sum(-1, keepdim=True) for level in centred]).sum(0) / channels
-    scale = (variance + _NORM_EPS).rsqrt()
+    scale = (variance + LEVEL_NORM_EPS).rsqrt()
     return [(x * scale).to(level.dtype) for x, level in zip(centred, levels, strict=True)]
 
 

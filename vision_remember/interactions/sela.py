@@ -14,7 +14,15 @@ from vision_remember.interactions.absorbed import absorbed_attention, pays_off
 from vision_remember.interactions.bank import keys_and_values, side_by_side
 from vision_remember.interactions.cross_attention import CrossAttention
 from vision_remember.interactions.fusion import Concat
-from vision_remember.interactions.levels import FeatureNorm, Features, LevelLinear, is_plain, split_levels
+from vision_remember.interactions.levels import (
+    LEVEL_NORM_EPS,
+    FeatureNorm,
+    Features,
+    LevelLinear,
+    LevelNorm,
+    is_plain,
+    split_levels,
+)
 from vision_remember.interactions.parts import attention_width, head_count, split_heads
 from vision_remember.interactions.region_cells import (
     PreparedRaster,
@@ -25,6 +33,7 @@ from vision_remember.interactions.region_cells import (
 )
 from vision_remember.ops import BACKENDS, local_attention, region_bias
 from vision_remember.ops.triton_local_attention import kernels_suit, triton_local_attention
+from vision_remember.ops.triton_rows import can_join, join_normalised
 from vision_remember.ops.windowed import attend_regions, merge_query_blocks, split_query_blocks
 
 Position = Literal["specialised", "learned", "none"]
@@ -191,7 +200,11 @@ class SELA(CrossAttention):
             saliency: (B, H*W), or None.
             feature_grid: (H, W).
         """
-        features = self.fusion.norm(torch.cat(list(levels), dim=-1))
+        norm = self.fusion.norm
+        if is_plain(norm, LevelNorm) and norm.kind == "per_level" and can_join(levels):
+            features = join_normalised(levels, LEVEL_NORM_EPS)
+        else:
+            features = norm(torch.cat(list(levels), dim=-1))
         return RasterCells(features, saliency, (feature_grid[0], feature_grid[1]))
 
     def project_raster(self, cells: RasterCells) -> PreparedRaster:

@@ -74,6 +74,20 @@ def _framed_cell(place, top, height, left, breadth, H, W, frame_rows, frame_colu
     return (level * H + top + row) * W + left + column, (row < height) & (column < breadth)
 
 
+@triton.jit
+def _bias_of(bias, head, slot, place, bias_slots, places, there, SHARED: tl.constexpr):
+    """What is added to the logits of queries (n,), each at a place (n,) of its frame: (n,).
+
+    One number for all, where all queries of a head share the bias and are at the same place.
+    """
+    if SHARED:
+        added = tl.load(bias + head * places + place)
+    else:
+        index = (head * bias_slots + slot % bias_slots) * places + place
+        added = tl.load(bias + index, mask=there, other=0.0)
+    return added.to(tl.float32)
+
+
 @_any_grid
 def forward_kernel(
     query,
@@ -92,6 +106,7 @@ def forward_kernel(
     slots, blocks_across, frame_rows, frame_columns, bias_slots,
     HAS_SALIENCY: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SHARED_BIAS: tl.constexpr,  # one for all queries of a head
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     DV: tl.constexpr,
@@ -124,8 +139,7 @@ def forward_kernel(
         v = _read(value, cell, value_row, there, DV, DV_PADDED)
         logits = tl.sum(q * k, 1)
         if HAS_BIAS:
-            of_bias = (head * bias_slots + slot % bias_slots) * places + place
-            logits += tl.load(bias + of_bias, mask=there, other=0.0).to(tl.float32)
+            logits += _bias_of(bias, head, slot, place, bias_slots, places, there, SHARED_BIAS)
         logits = tl.where(there, logits, float("-inf"))
         higher = tl.maximum(highest, logits)
         # while all cells so far are masked, by a bias of minus infinity, there is nothing to take off
@@ -157,7 +171,7 @@ def query_gradient_kernel(
     grad_key,
     grad_value,
     grad_saliency,  # (B*heads, L*H*W) float32, the parts of the saliency gradient
-    grad_logits,  # (B*heads, slots, places) float32, the parts of the bias gradient
+    grad_logits,  # (B*heads, places, slots) float32, the parts of the bias gradient: what is summed up lies together
     scale,
     query_batch, query_head, query_row,
     key_batch, key_head, key_row,
@@ -213,8 +227,7 @@ def query_gradient_kernel(
         v = _read(value, cell, value_row, there, DV, DV_PADDED)
         logits = tl.sum(q * k, 1)
         if HAS_BIAS:
-            of_bias = (head * bias_slots + slot % bias_slots) * places + place
-            logits += tl.load(bias + of_bias, mask=there, other=0.0).to(tl.float32)
+            logits += _bias_of(bias, head, slot, place, bias_slots, places, there, False)
         weights = tl.exp(tl.where(there, logits - norm, float("-inf")))
         grad_weights = tl.sum(go * v, 1)
         if OWNS_CELLS and WANTS_SALIENCY:
@@ -232,7 +245,7 @@ def query_gradient_kernel(
             _write(grad_value, cell, grad_value_row, there, gv, DV, DV_PADDED)
         if WANTS_BIAS:
             # empty slots and places too, as zeros: all of it is summed up
-            tl.store(grad_logits + (image_head * slots + slot) * places + place, gl, mask=slot < slots)
+            tl.store(grad_logits + (image_head * places + place) * slots + slot, gl, mask=slot < slots)
     _write(grad_query, index, grad_query_row, exists, gq * scale, D, D_PADDED)
 
 
@@ -309,8 +322,7 @@ def cell_gradient_kernel(
             inner_row = y - block_row * window * H // h
             inner_column = x - block_column * window * W // w
             place = (level * frame_rows + inner_row) * frame_columns + inner_column
-            of_bias = (head * bias_slots + slot % bias_slots) * places + place
-            logits += tl.load(bias + of_bias, mask=there, other=0.0).to(tl.float32)
+            logits += _bias_of(bias, head, slot, place, bias_slots, places, there, False)
         weights = tl.exp(tl.where(there, logits - norm, float("-inf")))
         grad_weights = tl.sum(go * v, 1)
         gv += weights[:, None] * go

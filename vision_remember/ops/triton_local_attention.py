@@ -8,9 +8,7 @@ first call that runs a kernel.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,16 +17,15 @@ from torch import Tensor
 from vision_remember.grid import Grid, region
 from vision_remember.ops.one_query import has_tangent
 from vision_remember.ops.regions import AxisRegions
+from vision_remember.ops.triton_support import kernels_run, load_kernels
 from vision_remember.ops.windowed import windowed_local_attention
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 256
 """Channels of a head that a kernel holds at once; a wider value is read in parts, a wider query is refused."""
 
-_IMPORTABLE = importlib.util.find_spec("triton") is not None
 # A larger block is a large matrix product, which the windowed back-end gives to tensor cores.
 _LARGEST_WINDOW = 4
-_OLDEST_GPU = 8  # compute capability, its first number
 # Numbers of a tensor that one program holds at once, rows times channels: 8 per thread, one load of 16 bytes in half
 # precision.
 _TILE = 1024
@@ -68,19 +65,8 @@ def auto_local_attention(
 
 
 def kernels_suit(device: torch.device, dtype: torch.dtype, width: int, window: int) -> bool:
-    """Whether the kernels run there, for queries of so many channels a head, and suit blocks of such a side. They suit
-    no transform of torch.func."""
-    suits = device.type == "cuda" and dtype in DTYPES and width <= WIDEST and window <= _LARGEST_WINDOW
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return suits and not transformed and _IMPORTABLE and _is_new_enough(device)
-
-
-def _is_new_enough(device: torch.device) -> bool:
-    """Whether Triton generates code for this GPU. Without any GPU, tensors on one are fake, and all is possible."""
-    if not torch.cuda.is_available():
-        return True
-    # of the ways to ask, torch.compile takes the answer of this one for a constant
-    return torch.version.hip is None and torch.cuda.get_device_properties(device).major >= _OLDEST_GPU
+    """Whether the kernels run there, for queries of so many channels a head, and suit blocks of such a side."""
+    return dtype in DTYPES and width <= WIDEST and window <= _LARGEST_WINDOW and kernels_run(device)
 
 
 def triton_local_attention(
@@ -183,6 +169,7 @@ def _forward(
             *(stride for x in (query, key, value, out) for stride in x.stride()[:3]),
             *(query.shape[1], h, w, H, W, window, levels, *geometry[:4], _bias_slots(bias, geometry, window)),
             **options,
+            SHARED_BIAS=_is_shared(bias),
             QUERIES=queries,
             **_COMPILE,
         )
@@ -242,7 +229,7 @@ def _backward(
     places = levels * geometry.frame_rows * geometry.frame_columns
     batch, heads = query.shape[:2]
     blocks = geometry.slots // window**2
-    logit_parts = lse.new_empty((batch, heads, blocks, window**2, places) if wants_bias else (0,))
+    logit_parts = lse.new_empty((batch, heads, places, blocks, window**2) if wants_bias else (0,))
     saliency_parts = lse.new_empty((batch, heads, key.shape[2]) if wants_saliency else (0,))
     scale = 1 / math.sqrt(query.shape[-1])
     options = _options(query, value, saliency, bias) | {"WANTS_SALIENCY": wants_saliency}
@@ -276,7 +263,7 @@ def _backward(
     grad_saliency = saliency_parts.sum(1).to(query.dtype) if wants_saliency else query.new_empty(0)
     grad_bias = query.new_empty(0)
     if bias is not None and wants_bias:
-        grad_bias = logit_parts.sum((0, 2) if bias.ndim == 3 else 0).to(query.dtype)
+        grad_bias = logit_parts.sum((0, 3) if bias.ndim == 3 else 0).movedim(1, -1).to(query.dtype).contiguous()
     return grad_query, grad_key, grad_value, grad_saliency, grad_bias
 
 
@@ -321,24 +308,6 @@ _forward.register_autograd(_gradients, setup_context=_keep)
 _backward.register_autograd(_no_second_derivative)
 
 
-def load_kernels(device: torch.device) -> ModuleType:
-    """The module of kernels, imported on first use."""
-    try:
-        from vision_remember.ops import triton_kernels
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise ImportError(
-            "backend='triton' needs triton: pip install 'vision-remember[triton]', or use backend='windowed'"
-        ) from error
-    if device.type != "cuda" and not triton_kernels.INTERPRETED:
-        raise ValueError(
-            f"backend='triton' with tensors on {device}: expected a CUDA device; or, to test without one, the variable"
-            " TRITON_INTERPRET=1 before triton is imported; backend='windowed' runs anywhere"
-        )
-    return triton_kernels
-
-
 def _empty_heads(batch: int, heads: int, length: int, dim: int, *, like: Tensor) -> Tensor:
     """(batch, heads, length, dim), laid out so that joining the heads copies nothing."""
     return like.new_empty(batch, length, heads, dim).transpose(1, 2)
@@ -365,6 +334,11 @@ def _bias_slots(bias: Tensor | None, geometry: _Geometry, window: int) -> int:
     return window**2 if bias is None or bias.ndim == 3 else geometry.slots
 
 
+def _is_shared(bias: Tensor | None) -> bool:
+    """Whether all queries of a head have the same bias."""
+    return bias is not None and bias.shape[1:-1].numel() == 1
+
+
 def _options(query: Tensor, value: Tensor, saliency: Tensor | None, bias: Tensor | None) -> dict[str, Any]:
     """What the kernels are compiled for."""
     D, DV = query.shape[-1], value.shape[-1]
@@ -382,8 +356,8 @@ def _options(query: Tensor, value: Tensor, saliency: Tensor | None, bias: Tensor
 
 def _with_cells(options: dict[str, Any], at_once: bool) -> dict[str, Any]:
     """What the kernel of the queries' gradients is compiled for, with those of their cells or without."""
-    # Those are two rows more for each cell: with as many cells at once as without them, registers spill.
-    return {**options, "OWNS_CELLS": at_once, "UNROLLED": options["UNROLLED"] // 2 if at_once else options["UNROLLED"]}
+    # Those are two rows more for each cell: with several cells at once registers spill, and an H200 is slower.
+    return {**options, "OWNS_CELLS": at_once, "UNROLLED": 1 if at_once else options["UNROLLED"]}
 
 
 def _rows(count: int, options: dict[str, Any]) -> int:
