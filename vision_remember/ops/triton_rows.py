@@ -73,7 +73,9 @@ def can_join(levels: Sequence[Tensor]) -> bool:
     return alike and first.dtype in DTYPES and first.stride(-1) == 1 and first.shape[-1] <= _WIDEST_LEVEL
 
 
-@torch.library.custom_op("vision_remember::join_normalised", mutates_args=())
+@torch.library.custom_op(
+    "vision_remember::join_normalised", mutates_args=(), schema="(Tensor[] levels, float eps) -> Tensor"
+)
 def join_normalised(levels: Sequence[Tensor], eps: float) -> Tensor:
     """Levels side by side, each normalised over its own channels (layer norm, without weights).
 
