@@ -40,9 +40,11 @@ def environment(transformers: str, torch: str) -> Path:
         venv.create(folder, clear=True, with_pip=True)
         pins = re.sub(r"(?m)^(transformers|torch)==.*\n", "", (ROOT / "constraints.txt").read_text())
         constraints = folder / "constraints.txt"
-        constraints.write_text(f"{pins}transformers=={transformers}\ntorch=={torch}\n")
-        command = [python, "-m", "pip", "install", "-qq", "--constraint", constraints, "--editable", ".[dev]"]
-        subprocess.run(command, check=True, cwd=ROOT)
+        constraints.write_text(f"{pins}transformers=={transformers}\ntorch=={TORCH.newest}\n")
+        install = [python, "-m", "pip", "install", "-qq"]
+        subprocess.run([*install, "--constraint", constraints, "--editable", ".[dev]"], check=True, cwd=ROOT)
+        if torch != TORCH.newest:  # by itself: it brings a Triton older than the one that our kernels ask for
+            subprocess.run([*install, f"torch=={torch}"], check=True, cwd=ROOT)
         ready.touch()
     return python
 
