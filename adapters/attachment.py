@@ -34,7 +34,7 @@ from vision_remember.adapters.unread import UnreadBlocks
 from vision_remember.config import VisionRememberConfig
 from vision_remember.encoder import find_module, level_width
 from vision_remember.memory import Recall, VisionMemory
-from vision_remember.remember import VisionRemember, prepare_together
+from vision_remember.remember import VisionRemember, prepare_together, read_by_kernels
 from vision_remember.tap import MultiLevelTap
 from vision_remember.threads import Switchable
 
@@ -185,10 +185,14 @@ class Attachment(Switchable):
         """The memory of a call and its layout. Encodes raw pixels, which it replaces in ``kwargs`` by the result."""
         encoded = dict(kwargs.get("mm_encoder_outputs") or {})
         recalls: list[Recall] = []
+        blocks = list(self.blocks().values())
         for modality, token in self._token_ids.items():
             if encoded.get(modality) is not None:
                 places = placeholders(base, kwargs, token)
-                recalls.append(Recall.joined(recalls_of(encoded[modality], places, "Vision Remember", "vr")))
+                kernels = read_by_kernels(blocks, places.device)
+                recalls.append(
+                    Recall.joined(recalls_of(encoded[modality], places, "Vision Remember", "vr", by_kernel=kernels))
+                )
                 encoded[modality] = without_rows(encoded[modality])
             elif any(kwargs.get(name) is not None for name in _PIXELS[modality]):
                 method = INTERCEPTION.original(base, f"get_{modality}_features")
@@ -196,7 +200,10 @@ class Attachment(Switchable):
                 with self._unread.left_out(arguments):
                     encoded[modality], known = self._encoding.run(base, method, modality, **arguments, return_dict=True)
                 places = placeholders(base, kwargs, token)
-                recalls += [memory.recall_images(range(len(memory.spans)), places) for memory in known]
+                kernels = read_by_kernels(blocks, places.device)
+                recalls += [
+                    memory.recall_images(range(len(memory.spans)), places, by_kernel=kernels) for memory in known
+                ]
         # Only now: modalities may share arguments. The rest stays, as positions may follow from the images' sizes.
         for modality in self._token_ids:
             if encoded.get(modality) is not None:

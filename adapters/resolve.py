@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vision_remember.adapters.decoders import DECODERS
+from vision_remember.adapters.devices import all_on_meta
 from vision_remember.adapters.discover import discover
 from vision_remember.adapters.encoders import encoder_spec
 from vision_remember.adapters.hosts import HOSTS
@@ -171,7 +172,7 @@ def block_placement(layer: nn.Module, base: nn.Module) -> tuple[torch.device, to
         ValueError: the layer's weights are not loaded yet.
     """
     floating = [p for p in layer.parameters() if p.is_floating_point()]
-    if any(p.device.type == "meta" for p in floating) and torch.get_default_device().type != "meta":
+    if any(p.device.type == "meta" for p in floating) and not all_on_meta():
         raise ValueError("the decoder's weights are on the meta device: load them before attaching")
     # A quantised layer keeps norms in the dtype that the model computes in; failing these, the base's dtype.
     wide = [p for p in floating if p.dtype.itemsize >= 2] or [p for p in base.parameters() if p.is_floating_point()]

@@ -108,14 +108,15 @@ def rows_of(output: Any) -> list[MemoryRows] | None:
     return next((list(rows) for rows in layers if _ours(rows)), None)
 
 
-def recalls_of(output: Any, places: Tensor, reader: str, handle: str) -> list[Recall]:
+def recalls_of(output: Any, places: Tensor, reader: str, handle: str, *, by_kernel: bool = False) -> list[Recall]:
     """What was encoded ahead, whole images or parts of some, at the places of a sequence: one recall per memory.
 
     Args:
         output: What `get_image_features` returned, as generate() passed it on.
-        places: Flat positions of the vision tokens.
+        places: (B, S), where vision tokens go.
         reader: Who asks, for the error.
         handle: What the documentation calls the handle that switches it off.
+        by_kernel: See :meth:`VisionMemory.recall_images`.
 
     Raises:
         ValueError: the images were encoded without memories.
@@ -128,7 +129,7 @@ def recalls_of(output: Any, places: Tensor, reader: str, handle: str) -> list[Re
         )
     known, images = rows[0].memory, [row.whole_image for row in rows if row.whole_image is not None]
     if len(images) == len(rows):
-        return [memory.recall_images(images, places) for memory in known]
+        return [memory.recall_images(images, places, by_kernel=by_kernel) for memory in known]
     numbers = torch.cat([row.as_subclass(Tensor) for row in rows]).flatten()
     return [memory.recall_rows(numbers, places) for memory in known]
 

@@ -20,7 +20,7 @@ from vision_remember.grid import Grid
 from vision_remember.interactions import SELA
 from vision_remember.memory import Span, VisionMemory
 from vision_remember.ops.windowed import attend_regions
-from vision_remember.remember import lay_weights_side_by_side, prepare_together
+from vision_remember.remember import lay_weights_side_by_side, prepare_together, read_by_kernels
 
 D, LEVEL = 896, 1024  # Qwen2-0.5B, CLIP-L
 
@@ -44,7 +44,8 @@ def remembering(
 
     def run() -> Tensor:
         state = hidden
-        recall = memory.recall_images([0], places).prepared(blocks, prepare_together)
+        kernels = read_by_kernels(blocks, hidden.device)
+        recall = memory.recall_images([0], places, by_kernel=kernels).prepared(blocks, prepare_together)
         for block in blocks:
             state = recall.through(block, state)
         return state

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from tests.encoders import DEPTH, HEADS, PATCHES, PREFIX, build, captured, every_encoder, hooks, images, logits_of
+from tests.encoders import (
+    DEPTH,
+    HEADS,
+    PATCHES,
+    PREFIX,
+    WIDTH,
+    build,
+    captured,
+    every_encoder,
+    hooks,
+    images,
+    logits_of,
+)
 from vision_remember import MultiLevelTap, cls_saliency
+from vision_remember.encoder import EncoderSpec
 from vision_remember.saliency import SALIENCY_VARIANTS
 
 
@@ -186,3 +205,151 @@ def test_a_block_that_projects_something_else_is_read_from_its_input() -> None:
     layer = encoder.encoder.layers[3]
     layer.self_attn = Halved(layer.self_attn)
     torch.testing.assert_close(captured(encoder, images()).saliency, expected, rtol=0, atol=1e-5)
+
+
+class _Attention(nn.Module):
+    """Separate or fused projections; ``scaled`` writes into what they return, as an in-place rotary embedding does."""
+
+    def __init__(self, *, fused: bool = False, scaled: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.scaled = HEADS, scaled
+        if fused:
+            self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        else:
+            self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).chunk(3, -1) if hasattr(self, "qkv") else (self.q(x), self.k(x), self.v(x))
+        if self.scaled:
+            query, key = query.mul_(0.5), key.neg_()
+        heads = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (query, key, value))
+        return nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+
+class _Block(nn.Module):
+    def __init__(self, attention: nn.Module, *, in_place: bool = False, broken: bool = False) -> None:
+        super().__init__()
+        self.norm, self.attention, self.in_place, self.broken = nn.LayerNorm(WIDTH), attention, in_place, broken
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        if isinstance(self.attention, nn.MultiheadAttention):
+            attended, _ = self.attention(normed, normed, normed, need_weights=False)
+        else:
+            attended = self.attention(normed)
+        if self.broken:
+            raise MemoryError
+        return x.add_(attended) if self.in_place else x + attended
+
+
+class _Encoder(nn.Module):
+    def __init__(self, attention: Callable[[], nn.Module] = _Attention, **options: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(_Block(attention(), **options) for _ in range(2))
+        self.checkpoint: bool | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) if self.checkpoint is None else checkpoint(layer, x, use_reentrant=self.checkpoint)
+        return x
+
+
+def spec_of(encoder: _Encoder) -> EncoderSpec:
+    paths = {"query": "attention.q", "key": "attention.k"}
+    if hasattr(encoder.layers[0].attention, "qkv"):
+        paths = {"fused": "attention.qkv"}
+    elif isinstance(encoder.layers[0].attention, nn.MultiheadAttention):
+        paths = {"fused": "attention"}
+    heads = {"norm": "norm", "num_heads": "attention.num_heads"}
+    return EncoderSpec(name="written", classes=("_Encoder",), layers="layers", **heads, **paths)
+
+
+def cells() -> Tensor:
+    return torch.randn(2, 9, WIDTH, generator=torch.Generator().manual_seed(2))
+
+
+def expected_map(encoder: _Encoder) -> Tensor:
+    """The first block's mean logits as the definition says, from its input."""
+    block: Any = encoder.layers[0]
+    normed, attention = block.norm(cells()), block.attention
+    if hasattr(attention, "qkv"):
+        made = attention.qkv(normed).chunk(3, -1)[:2]
+    else:
+        made = (attention.q(normed), attention.k(normed))
+    query, key = (part.unflatten(-1, (HEADS, -1)) for part in made)
+    logits = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(WIDTH // HEADS)
+    return logits.mean((1, 2)).sigmoid().detach()
+
+
+def tap_of(encoder: _Encoder) -> MultiLevelTap:
+    return MultiLevelTap(encoder, (1,), saliency="received", spec=spec_of(encoder))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["kept", "written into"])
+def test_projections_are_read_before_anybody_writes_into_them(fused: bool, scaled: bool) -> None:
+    encoder = _Encoder(lambda: _Attention(fused=fused, scaled=scaled))
+    attention: Any = encoder.layers[0].attention
+    calls: list[int] = []
+    (attention.qkv if fused else attention.k).register_forward_hook(lambda *_: calls.append(1))
+    with tap_of(encoder).capture() as seen, torch.no_grad():
+        encoder(cells())
+    assert len(calls) == 1
+    torch.testing.assert_close(seen.saliency, expected_map(encoder))
+
+
+def test_a_hook_put_on_a_projection_later_is_heeded() -> None:
+    """And so is a module put in its place, though the block writes into its input."""
+    encoder = _Encoder(in_place=True)
+    attention: Any = encoder.layers[0].attention
+    tap = tap_of(encoder)
+    tap.install()
+    attention.k.register_forward_hook(lambda module, args, output: -output)
+    attention.q = _Adapted(attention.q)
+    with tap.record() as seen, torch.no_grad():
+        encoder(cells())
+    torch.testing.assert_close(seen.saliency, expected_map(encoder))
+
+
+def test_two_taps_do_not_disturb_each_other() -> None:
+    encoder = _Encoder()
+    first, second = tap_of(encoder), tap_of(encoder)
+    with first.capture() as one, second.capture() as two, torch.no_grad():
+        encoder(cells())
+    torch.testing.assert_close(one.saliency, expected_map(encoder))
+    torch.testing.assert_close(two.saliency, expected_map(encoder))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_nothing_of_a_block_is_kept_once_it_has_run(reentrant: bool) -> None:
+    encoder = _Encoder()
+    encoder.checkpoint = reentrant
+    with tap_of(encoder).capture() as seen:
+        output = encoder(cells().requires_grad_())
+        torch.testing.assert_close(seen.saliency, expected_map(encoder))
+        output.sum().backward()
+        assert seen._awaited is None
+    broken = _Encoder(broken=True)
+    with pytest.raises(MemoryError), tap_of(broken).capture() as seen:
+        broken(cells())
+    assert seen._awaited is None
+
+
+def test_a_tap_put_on_after_sharding_reads_whole_weights(tmp_path: Path) -> None:
+    """An attention that calls no projections is asked from outside, while its block's weights are together."""
+    encoder = _Encoder(lambda: nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)).eval()
+    with tap_of(encoder).capture() as whole, torch.no_grad():
+        encoder(cells())
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        for layer in encoder.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(encoder, mesh=mesh)
+        with tap_of(encoder).capture() as sharded, torch.no_grad():
+            encoder(cells())
+    finally:
+        dist.destroy_process_group()
+    assert whole.saliency.std() > 0.01
+    torch.testing.assert_close(sharded.saliency, whole.saliency)

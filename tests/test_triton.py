@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +58,43 @@ def test_what_it_says_when_it_cannot_run(preparation: str, error: str, message: 
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith(error)
     assert message in last
+
+
+@pytest.mark.parametrize(
+    ("found", "usable"),
+    [("3.9.0", True), ("3.5rc1", True), ("3.4.9", False), ("2.1", False), ("main", True), (None, True)],
+)
+def test_triton_has_to_be_new_enough(found: str | None, usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.delitem(sys.modules, "vision_remember.ops.triton_kernels", raising=False)
+    assert triton_support._is_usable() == usable
+    if not usable:
+        with pytest.raises(ImportError, match=rf"triton {found}: expected 3\.5 or newer"):
+            triton_support.load_kernels(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("missing", ["compiler", "headers"])
+def test_triton_is_not_taken_where_it_cannot_build(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.delenv("CC", raising=False)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert triton_support._is_usable()
+    if missing == "compiler":
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    else:
+        (tmp_path / "Python.h").unlink()
+    assert not triton_support._is_usable()
 
 
 def test_importing_it_does_not_import_triton() -> None:
@@ -137,6 +178,6 @@ def test_kernels_suit_no_transform() -> None:
 def test_on_a_gpu_auto_does_without(
     importable: bool, new_enough: bool, windowed: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_support, "_IMPORTABLE", importable)
+    monkeypatch.setattr(triton_support, "_USABLE", importable)
     monkeypatch.setattr(triton_support, "_is_new_enough", lambda device: new_enough)
     assert on_a_gpu(CASE, torch.float32, "auto")[0] is windowed

@@ -34,6 +34,21 @@ class CapturedGroup:
 
 
 @dataclass
+class Awaited:
+    """A block whose queries and keys are waited for.
+
+    Attributes:
+        block: the block.
+        hidden: its input.
+        made: what its projections returned so far.
+    """
+
+    block: nn.Module
+    hidden: Tensor
+    made: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+
+@dataclass
 class Captured:
     """What one run of the encoder left. Empty until the encoder has run.
 
@@ -50,8 +65,8 @@ class Captured:
     # no tensors that the block saves not when it is run again.
     _hidden: dict[int, Tensor] = field(default_factory=dict)
     _saliency: list[Tensor] | None = None
-    # Queries and keys of the block that tells the saliency, by the modules that made them; none once it has run.
-    _projected: dict[nn.Module, Tensor] = field(default_factory=dict)
+    # While the block that tells the saliency runs and has not projected.
+    _awaited: Awaited | None = None
     _arrangement: Arrangement | None = None
     _arguments: dict[str, Any] = field(default_factory=dict)
     _patch_grid: Grid | None = None
@@ -99,7 +114,7 @@ class Captured:
 
     def forget(self) -> None:
         """Makes room for another run of the encoder."""
-        self._hidden, self._saliency, self._projected, self._arrangement = {}, None, {}, None
+        self._hidden, self._saliency, self._awaited, self._arrangement = {}, None, None, None
 
     def _only(self) -> CapturedGroup:
         groups = self.groups

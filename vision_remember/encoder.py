@@ -131,6 +131,11 @@ def projections(spec: EncoderSpec, block: nn.Module) -> list[nn.Module]:
     return [module for module in modules if not isinstance(module, nn.MultiheadAttention)]
 
 
+def last_hook(module: nn.Module) -> object:
+    """The last hook on a module's output, which sees what the caller gets; None if there is none."""
+    return next(reversed(module._forward_hooks.values()), None)
+
+
 def projected(
     spec: EncoderSpec, block: nn.Module, which: Literal["query", "key"], made: Mapping[nn.Module, Tensor]
 ) -> Tensor | None:

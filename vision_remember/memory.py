@@ -83,17 +83,18 @@ class VisionMemory:
         """h*w."""
         return self.token_grid[0] * self.token_grid[1]
 
-    def recall_images(self, images: Sequence[int], placeholders: Tensor) -> Recall:
+    def recall_images(self, images: Sequence[int], placeholders: Tensor, *, by_kernel: bool = False) -> Recall:
         """The recall for whole images, which may repeat (beams).
 
         Args:
             images: numbers of the images whose tokens the placeholders take, in order.
             placeholders: (B, S), where image tokens go.
+            by_kernel: search for them by a kernel of ours where that suits: for blocks that read by kernels as well.
         """
         spans = [self.spans[image] for image in images]
         tiles = [tile for span in spans for tile in span.tiles]
         # Counts are known from shapes alone, so nothing has to wait for the device.
-        positions = _positions(placeholders, sum(len(span.rows) for span in spans))
+        positions = _positions(placeholders, sum(len(span.rows) for span in spans), by_kernel)
         slots = None
         if self.slots is not None:
             kept, slots = self._place(spans)
@@ -110,7 +111,7 @@ class VisionMemory:
             placeholders: (B, S), where image tokens go.
         """
         sequences, length = placeholders.shape
-        positions = _positions(placeholders, len(rows))
+        positions = _positions(placeholders, len(rows), False)
         count = len(self.levels[0])
         slots = rows if self.slots is None else self.slots.to(rows.device)[rows]
         own = positions // length * (count * self.tile_tokens) + slots
@@ -226,7 +227,8 @@ class Recall:
             ]
 
         made, side_work = run_beside(make, self._features()) if side_stream else (make(), None)
-        return replace(self, ready=tuple(zip(blocks, zip(*made, strict=True), strict=True)), side_work=side_work)
+        # Not by dataclasses.replace, into which the oldest torch's compiler does not look.
+        return Recall(self.parts, self.text, tuple(zip(blocks, zip(*made, strict=True), strict=True)), side_work)
 
     def through(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D), the vision tokens replaced by what ``block`` makes of them.
@@ -240,7 +242,8 @@ class Recall:
         """
         if hidden.ndim != 3:
             raise ValueError(f"the decoder's hidden states have shape {tuple(hidden.shape)}, expected (B, S, D)")
-        ready = next((made for owner, made in self.ready if owner is block), (None,) * len(self.parts))
+        own = [made for owner, made in self.ready if owner is block]
+        ready = own[0] if own else (None,) * len(self.parts)
         parts = list(zip(self.parts, ready, strict=True))
         if self.side_work is not None and any(made is not None for made in ready):
             self.side_work.join()
@@ -295,7 +298,9 @@ def _is_rewritten_in_place(block: Callable[..., Any], hidden: Tensor, layout: Vi
     return bool(block.rewrites(hidden, ready))
 
 
-def _positions(placeholders: Tensor, count: int) -> Tensor:
+def _positions(placeholders: Tensor, count: int, by_kernel: bool) -> Tensor:
     """(count,), indices of the placeholders in the flattened sequences; row i of the image tokens fills the i-th."""
     mask = placeholders.flatten()
-    return find_places(mask, count) if can_find(mask) else torch.nonzero_static(mask, size=count).squeeze(1)
+    if by_kernel and can_find(mask):
+        return find_places(mask, count)
+    return torch.nonzero_static(mask, size=count).squeeze(1)

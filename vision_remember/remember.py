@@ -282,6 +282,13 @@ class VisionRemember(nn.Module):
         return x.to(own.dtype)
 
 
+def read_by_kernels(blocks: Sequence[nn.Module], device: torch.device) -> bool:
+    """Whether one of the blocks reads cells on this device by kernels of ours."""
+    readers = [block.interaction for block in blocks if type(block) is VisionRemember]
+    own = [reader for reader in readers if type(reader) is SELA]
+    return any(reader.reads_rasters(device, next(reader.parameters()).dtype) for reader in own)
+
+
 def prepare_together(
     blocks: Sequence[nn.Module],
     features: Sequence[Tensor],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vision_remember.arrangement import arrange
-from vision_remember.captured import Captured
-from vision_remember.encoder import EncoderSpec, find, find_module, project, projected, projections
+from vision_remember.captured import Awaited, Captured
+from vision_remember.encoder import EncoderSpec, find, find_module, last_hook, project, projected, projections
 from vision_remember.saliency import Center, cls_saliency
 from vision_remember.threads import RunStack
 
@@ -27,7 +27,8 @@ class MultiLevelTap:
     """Keeps chosen levels of a vision encoder, and a saliency map, while the encoder runs as it always does.
 
     Only hooks are used: the encoder's numerics, its attention implementation and its state dict stay as they are, and
-    no attention map is ever built; the saliency comes from one query row and the keys of one layer::
+    no attention map is ever built; the saliency comes from one query row and the keys of one layer, as that layer makes
+    them (one whose projections were replaced or hooked since, by PEFT for one, projects twice)::
 
         tap = MultiLevelTap(encoder, levels=(13, 18, 23))
         with tap.capture() as captured:
@@ -110,7 +111,10 @@ class MultiLevelTap:
     def record(self) -> Iterator[Captured]:
         """:meth:`capture` for a tap that is installed already."""
         with self._runs.running(Captured(self.levels)) as captured:
-            yield captured
+            try:
+                yield captured
+            finally:
+                captured._awaited = None  # a run that broke off
 
     def __getstate__(self) -> dict[str, Any]:
         # A lock can be neither copied nor pickled.
@@ -178,8 +182,9 @@ class MultiLevelTap:
             handles.append(head.register_forward_pre_hook(self._keep_head_saliency))
         elif self.saliency is not None:
             block = blocks[self.saliency_level - 1]
+            handles.append(block.register_forward_pre_hook(self._ask, with_kwargs=True))
             handles += [m.register_forward_hook(self._keep_projection) for m in projections(self.spec, block)]
-            handles.append(block.register_forward_hook(self._keep_saliency, with_kwargs=True))
+            handles.append(block.register_forward_hook(self._give_up))
         return handles
 
     def _keep_arguments(self, encoder: nn.Module, args: Any, kwargs: Any) -> None:
@@ -220,14 +225,9 @@ class MultiLevelTap:
         assert captured._arrangement is not None
         return captured._arrangement.split(hidden)
 
-    def _keep_projection(self, module: nn.Module, args: Any, output: Any) -> None:
-        captured = self._runs.innermost()
-        if captured is not None and isinstance(output, Tensor):
-            captured._projected[module] = output.detach()
-
     @torch.no_grad()
-    def _keep_saliency(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Computes one row of the block's attention logits.
+    def _ask(self, block: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the block that tells the saliency: waits for its own queries and keys, or makes them at once.
 
         Never with gradient: under activation checkpointing values from inside a block have none, and the map is a
         weight, not a path for learning.
@@ -235,28 +235,55 @@ class MultiLevelTap:
         captured = self._runs.innermost()
         if captured is None:
             return
+        hidden, makers = _first_input(args, kwargs), projections(self.spec, block)
+        if makers and all(last_hook(maker) == self._keep_projection for maker in makers):
+            captured._awaited = Awaited(block, hidden)
+        else:  # projected by something that was put there later, or seen by hooks that may change what it returns
+            self._project(captured, block, hidden)
+
+    @torch.no_grad()
+    def _keep_projection(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Computes the map as soon as queries and keys are there, before anybody can write into them."""
+        captured = self._runs.innermost()
+        # Where a checkpointed part is run again nobody waits.
+        if captured is None or (awaited := captured._awaited) is None:
+            return
+        if not isinstance(output, Tensor) or output.shape[:-1] != awaited.hidden.shape[:-1]:
+            return
+        awaited.made[module] = output
+        queries, keys = (projected(self.spec, awaited.block, which, awaited.made) for which in ("query", "key"))
+        if queries is None or keys is None:
+            return
+        own = zip(self._split(captured, queries), self._split(captured, keys), strict=True)
+        self._keep_maps(captured, awaited.block, ((self._row(queries, part), patches) for part, patches in own))
+
+    @torch.no_grad()
+    def _give_up(self, block: nn.Module, args: Any, output: Any) -> None:
+        """Behind a block that did not project all its cells."""
+        captured = self._runs.innermost()
+        if captured is not None and captured._awaited is not None:
+            self._project(captured, block, captured._awaited.hidden)
+
+    def _project(self, captured: Captured, block: nn.Module, hidden: Tensor) -> None:
+        """The map from queries and keys that are made from the block's input, beside those of its own attention."""
+        captured._awaited = None  # its modules are called here as well
+        normed = find_module(block, self.spec.norm or "", "attention norm")(hidden)
+
+        def made() -> Iterator[tuple[Tensor, Tensor]]:
+            for patches in self._split(captured, normed):
+                row = project(self.spec, block, "query", self._row(normed, patches))
+                yield row, project(self.spec, block, "key", patches)
+
+        self._keep_maps(captured, block, made())
+
+    def _keep_maps(self, captured: Captured, block: nn.Module, made: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """The map of each group, of the query that asks, (T, 1, C), and the patches' keys, (T, H*W, C)."""
         heads = find(block, self.spec.num_heads or "")
         maps = []
-        for query, keys in self._row_and_keys(captured, block, _first_input(args, kwargs)):
+        for query, keys in made:
             row, patches = (x.unflatten(-1, (heads, -1)) for x in (query, keys))
             maps.append(cls_saliency(row[:, 0], patches.transpose(1, 2), **self._saliency_options))
-        captured._saliency, captured._projected = maps, {}
-
-    def _row_and_keys(self, captured: Captured, block: nn.Module, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The query that asks, (T, 1, C), and the patches' keys, (T, H*W, C), of each group.
-
-        As the block's own attention made them; where that cannot be seen, made again from the block's input.
-        """
-        made = [projected(self.spec, block, which, captured._projected) for which in ("query", "key")]
-        queries, keys = (x if x is not None and x.shape[:-1] == hidden.shape[:-1] else None for x in made)
-        if queries is not None and keys is not None:
-            for own, patches in zip(self._split(captured, queries), self._split(captured, keys), strict=True):
-                yield self._row(queries, own), patches
-            return
-        normed = find_module(block, self.spec.norm or "", "attention norm")(hidden)
-        for patches in self._split(captured, normed):
-            row = project(self.spec, block, "query", self._row(normed, patches))
-            yield row, project(self.spec, block, "key", patches)
+        captured._saliency, captured._awaited = maps, None
 
     def _row(self, whole: Tensor, patches: Tensor) -> Tensor:
         """(B, 1, C): the CLS token's, or the mean of the patches'. The query of a mean is the mean of the queries."""

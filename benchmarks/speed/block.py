@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from benchmarks.speed.measure import Plan, Result, measure
 from vision_remember import VisionRemember
 from vision_remember.memory import Span, VisionMemory
-from vision_remember.remember import lay_weights_side_by_side, prepare_together
+from vision_remember.remember import lay_weights_side_by_side, prepare_together, read_by_kernels
 
 _DECODERS = {"Qwen2-0.5B": 896, "Qwen2-1.5B": 1536, "Qwen2-7B": 3584}
 _LEVEL, _TEXT = 1024, 50
@@ -67,7 +67,7 @@ def candidates(
         trained = [hidden, *(parameter for block in blocks for parameter in block.parameters())]
 
         def forward() -> list[Tensor]:
-            recall, state = memory.recall_images([0], places), hidden
+            recall, state = memory.recall_images([0], places, by_kernel=read_by_kernels(blocks, hidden.device)), hidden
             if ahead:
                 recall = recall.prepared(blocks, prepare_together)
             for block in blocks:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 
 from tests.hosts import batch, build_llava, randomise
@@ -111,15 +112,47 @@ def test_fused_blocks_are_the_loop_in_float64(
 
 
 @torch.no_grad()
-def test_many_rows_are_left_to_the_libraries_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remember, "MOST_ROWS", 35)
+@pytest.mark.parametrize(("most", "expected"), [(36, FUSED), (35, FOR_MANY)])
+def test_many_rows_are_left_to_the_libraries_product(
+    most: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remember, "MOST_ROWS", most)
     blocks = blocks_of("triton")
     memory, hidden, places = problem(EVEN)
     with Launches() as launches:
         found = through(blocks, memory.recall_images([0, 1], places), hidden)
-    assert ours(launches) == 2 * FOR_MANY
+    assert ours(launches) == 2 * expected
     torch.testing.assert_close(found.double(), in_double(blocks, EVEN), rtol=0, atol=5e-6)
     assert torch.equal(found[~places], hidden[~places])
+
+
+@torch.no_grad()
+def test_levels_in_one_tensor_are_normalised_apart() -> None:
+    block = blocks_of("triton")[0]
+    memory, _, _ = problem(EVEN)
+    grids: dict[str, Grid] = {"feature_grid": (6, 8), "token_grid": (3, 4)}
+    (apart,) = prepare_together([block], memory.levels, **grids)
+    (joined,) = prepare_together([block], [torch.cat(memory.levels, dim=-1)], **grids)
+    torch.testing.assert_close(joined.key, apart.key, rtol=0, atol=2e-6)
+    with pytest.raises(RuntimeError, match="unflatten"):
+        prepare_together([block], memory.levels[:2], **grids)
+
+
+@torch.no_grad()
+def test_compiled_code_fits_every_number_of_images() -> None:
+    block = blocks_of("triton")[0]
+
+    def run(levels: list[Tensor], tokens: Tensor) -> Tensor:
+        (prepared,) = prepare_together([block], levels, feature_grid=(6, 8), token_grid=(3, 4))
+        return block(tokens, prepared, token_grid=(3, 4), feature_grid=(6, 8))
+
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(run, backend=counter, fullgraph=True)
+    for images in range(2, 6):
+        levels, tokens = [torch.randn(images, 48, LEVEL) for _ in range(3)], torch.randn(images, 12, WIDTH)
+        torch.testing.assert_close(compiled(levels, tokens), run(levels, tokens))
+    assert counter.frame_count == 2, "once for the first, once for all others"
 
 
 @torch.no_grad()
@@ -166,6 +199,27 @@ def test_each_operator_is_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         through(blocks_of("triton"), memory.recall_images([0, 1], places), hidden)
     assert started == {**dict.fromkeys(kernels, 2), "join_kernel": 1}
+
+
+@pytest.mark.parametrize(("options", "shared"), [({}, True), ({"window": 2}, False)])
+@torch.no_grad()
+def test_a_bias_that_all_queries_share_is_read_once(
+    options: dict[str, Any], shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, given = triton_kernels.forward_kernel, []
+
+    class Watched:
+        def __getitem__(self, grid: Any) -> Any:
+            def start(*args: Any, **constants: Any) -> None:
+                given.append(constants["SHARED_BIAS"])
+                kernel[grid](*args, **constants)
+
+            return start
+
+    monkeypatch.setattr(triton_kernels, "forward_kernel", Watched())
+    memory, hidden, places = problem(((4, 4), (8, 8)) if options else EVEN)
+    through(blocks_of("triton", **options), memory.recall_images([0, 1], places), hidden)
+    assert given == [shared, shared]
 
 
 def _hooked(block: VisionRemember) -> None:

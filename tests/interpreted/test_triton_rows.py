@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from vision_remember.layout import VisionLayout
+from vision_remember.ops import triton_rows
 from vision_remember.ops.triton_rows import (
     add_update,
+    can_find,
     can_join,
     find_places,
     gather_normalised,
@@ -64,6 +67,14 @@ def test_places_are_found(length: int, share: float, spare: int) -> None:
     assert torch.equal(found, torch.nonzero_static(mask, size=count).squeeze(1))
 
 
+def test_a_search_is_for_short_boolean_masks_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not can_find(torch.ones(8, dtype=torch.bool))
+    monkeypatch.setattr(triton_rows, "kernels_run", lambda device: True)
+    assert can_find(torch.ones(8192, dtype=torch.bool))
+    assert not can_find(torch.ones(8193, dtype=torch.bool))
+    assert not can_find(torch.ones(8, dtype=torch.int64))
+
+
 def levels_of(count: int, images: int, cells: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """As a tap cuts them out behind a CLS token; no two levels have the same mean or spread."""
     return [
@@ -101,8 +112,12 @@ def test_levels_that_differ_are_not_for_the_kernel() -> None:
     assert not can_join([one, other.half()])
     assert not can_join([one.double(), other.double()])
     assert not can_join([one.transpose(1, 2), other.transpose(1, 2)])
+    assert not can_join([one, other.clone().requires_grad_()])
+    assert not torch.func.vmap(lambda level: torch.tensor(can_join([level, level])))(one[None]).any()
     with torch.autocast("cpu", torch.bfloat16):
         assert not can_join([one, other])
+    with FakeTensorMode():
+        assert not can_join([torch.empty(1, 2, 8, device=f"cuda:{number}") for number in range(2)])
     with forward_ad.dual_level():
         assert not can_join([one, forward_ad.make_dual(other, other)])
 

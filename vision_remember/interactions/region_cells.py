@@ -63,6 +63,11 @@ class RegionCells(NamedTuple):
             saliency = _by_regions(to_regions(saliency.unsqueeze(-1), *axes)).squeeze(-1)
         return cls(ordered, saliency, (token_grid[0], token_grid[1]), (feature_grid[0], feature_grid[1]))
 
+    def holding(self, features: Features, *, fused: bool = False) -> RegionCells:
+        """The same cells with other features."""
+        # Not by _replace, into which the oldest torch's compiler does not look.
+        return RegionCells(features, self.saliency, self.token_grid, self.feature_grid, fused)
+
     def check(self, tokens: Tensor, token_grid: Grid, feature_grid: Grid, window: int) -> None:
         """Raises ValueError unless these are the regions of (B, h*w, D) ``tokens``."""
         first = self.features if isinstance(self.features, Tensor) else self.features[0]

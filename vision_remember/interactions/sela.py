@@ -166,13 +166,13 @@ class SELA(CrossAttention):
         # Into their order they have to be copied in any case, by one copy for all levels. With gradients they stay
         # apart: a backward pass would hold several tensors as large as all of them.
         cells = RegionCells.of(features, saliency, axes, token_grid, feature_grid, join=not torch.is_grad_enabled())
-        return cells._replace(features=self.fusion.norm(cells.features))
+        return cells.holding(self.fusion.norm(cells.features))
 
     def project_regions(self, cells: RegionCells) -> RegionCells | PreparedRegions:
         """Keys and values of cells by regions; the fused cells themselves where the projections are absorbed."""
         features = self.fusion(cells.features, normed=True)
         if self._absorbs(features):
-            return cells._replace(features=features, fused=True)
+            return cells.holding(features, fused=True)
         key, value = self.keys_and_values(features, cells.saliency)
         return PreparedRegions(key, value, cells.token_grid, cells.feature_grid)
 
@@ -201,7 +201,8 @@ class SELA(CrossAttention):
             feature_grid: (H, W).
         """
         norm = self.fusion.norm
-        if is_plain(norm, LevelNorm) and norm.kind == "per_level" and can_join(levels):
+        apart = tuple(level.shape[-1] for level in levels) == norm.level_dims
+        if apart and is_plain(norm, LevelNorm) and norm.kind == "per_level" and can_join(levels):
             features = join_normalised(levels, LEVEL_NORM_EPS)
         else:
             features = norm(torch.cat(list(levels), dim=-1))

@@ -78,7 +78,8 @@ def _framed_cell(place, top, height, left, breadth, H, W, frame_rows, frame_colu
 def _bias_of(bias, head, slot, place, bias_slots, places, there, SHARED: tl.constexpr):
     """What is added to the logits of queries (n,), each at a place (n,) of its frame: (n,).
 
-    One number for all, where all queries of a head share the bias and are at the same place.
+    One number for all, where all queries of a head share the bias and are at the same place. In the backward kernels
+    that made no difference, or spilled registers.
     """
     if SHARED:
         added = tl.load(bias + head * places + place)

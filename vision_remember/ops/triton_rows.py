@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vision_remember.ops.one_query import has_tangent
 from vision_remember.ops.triton_local_attention import DTYPES
-from vision_remember.ops.triton_support import kernels_run, load_kernels
+from vision_remember.ops.triton_support import is_transformed, kernels_run, load_kernels
 
 MOST_ROWS = 256
 """Rows that :func:`write_update` is for: beyond, a launch is little beside the product, where libraries do better."""
@@ -25,19 +25,17 @@ MOST_ROWS = 256
 _ROWS, _COLUMNS = 64, 64
 ADD_OPTIONS = {"ROWS": 1, "COLUMNS": 1024, "num_warps": 2}
 """What the kernel of an addition alone is compiled for."""
-# Levels that one kernel joins, and the widest of them: a row in registers.
+# Levels that one launch joins, and the widest of them: a row in registers.
 _MOST_LEVELS, _WIDEST_LEVEL = 4, 16384
-
-
 FIND_OPTIONS = {"TILE": 2048, "num_warps": 8}
 """What the search's kernel is compiled for."""
+# Positions that one program goes through faster than several kernels do.
 _LONGEST_SEARCH = 4 * FIND_OPTIONS["TILE"]
-"""Positions that one program goes through faster than several kernels do."""
 
 
 def can_find(mask: Tensor) -> bool:
-    """Whether :func:`find_places` suits a mask: on a GPU that can run kernels, not too long."""
-    return mask.numel() <= _LONGEST_SEARCH and kernels_run(mask.device)
+    """Whether :func:`find_places` suits a mask: boolean, not too long, on a GPU that can run kernels."""
+    return mask.dtype == torch.bool and mask.numel() <= _LONGEST_SEARCH and kernels_run(mask.device)
 
 
 @torch.library.custom_op("vision_remember::find_places", mutates_args=())
@@ -65,12 +63,18 @@ def _(mask: Tensor, count: int) -> Tensor:
 
 
 def can_join(levels: Sequence[Tensor]) -> bool:
-    """Whether :func:`join_normalised` does what separate operators would, for levels without gradients."""
+    """Whether :func:`join_normalised` does what separate operators would: levels alike, nothing to differentiate."""
     first = levels[0]
-    if torch.is_autocast_enabled(first.device.type) or has_tangent(levels):
+    learning = torch.is_grad_enabled() and any(level.requires_grad for level in levels)
+    if learning or has_tangent(levels) or is_transformed() or torch.is_autocast_enabled(first.device.type):
         return False
-    alike = len({(level.dtype, level.shape, level.stride()) for level in levels}) == 1
-    return alike and first.dtype in DTYPES and first.stride(-1) == 1 and first.shape[-1] <= _WIDEST_LEVEL
+    # One by one: a set of sizes would have compiled code fix those that may change.
+    for level in levels[1:]:
+        if (level.dtype, level.device) != (first.dtype, first.device):
+            return False
+        if level.shape != first.shape or level.stride() != first.stride():
+            return False
+    return first.dtype in DTYPES and first.stride(-1) == 1 and first.shape[-1] <= _WIDEST_LEVEL
 
 
 @torch.library.custom_op(
