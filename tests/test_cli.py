@@ -360,8 +360,9 @@ def test_a_server_loads_no_model_but_its_own(saved: dict[str, Path], tmp_path: P
         manager = model_manager.ModelManager(device="cpu", dtype="float32", force_model=str(saved["full"]))
         with pytest.raises(ValueError, match=rf"this server has .*full alone, and does not load {other}@main"):
             manager.load_model_and_processor(f"{other}@main")
-        assert list(manager.loaded_models) == [f"{saved['full']}@main"]
-        manager.load_model_and_processor(f"{saved['full']}@main")
+        (own,) = manager.loaded_models
+        assert own.removesuffix("@main") == str(saved["full"])  # transformers 5.24 gives folders no revision
+        manager.load_model_and_processor(own)
         manager.shutdown()
 
 

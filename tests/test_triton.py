@@ -85,6 +85,7 @@ def test_triton_is_not_taken_where_it_cannot_build(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.9.0")
     monkeypatch.delenv("CC", raising=False)
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
