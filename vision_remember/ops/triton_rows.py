@@ -23,11 +23,11 @@ MOST_ROWS = 256
 
 # Rows and columns of a product that one program makes: on an H200 the fastest of 63 forms for the tokens of one tile.
 _ROWS, _COLUMNS = 64, 64
-ADD_OPTIONS = {"ROWS": 1, "COLUMNS": 1024, "num_warps": 2}
+ADD_OPTIONS = {"ROWS": 1, "COLUMNS": 1024, "num_warps": 2, "enable_fp_fusion": True}
 """What the kernel of an addition alone is compiled for."""
 # Levels that one launch joins, and the widest of them: a row in registers.
 _MOST_LEVELS, _WIDEST_LEVEL = 4, 16384
-FIND_OPTIONS = {"TILE": 2048, "num_warps": 8}
+FIND_OPTIONS = {"TILE": 2048, "num_warps": 8, "enable_fp_fusion": True}
 """What the search's kernel is compiled for."""
 # Positions that one program goes through faster than several kernels do.
 _LONGEST_SEARCH = 4 * FIND_OPTIONS["TILE"]
