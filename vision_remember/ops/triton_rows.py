@@ -21,7 +21,7 @@ from vision_remember.ops.triton_support import is_transformed, kernels_run, load
 MOST_ROWS = 256
 """Rows that :func:`write_update` is for: beyond, a launch is little beside the product, where libraries do better."""
 
-# Rows and columns of a product that one program makes: on an H200 the fastest of 63 forms for the tokens of one tile.
+# Rows and columns of a product that one program makes: on an H200 among the fastest of 63 forms for one tile.
 _ROWS, _COLUMNS = 64, 64
 ADD_OPTIONS = {"ROWS": 1, "COLUMNS": 1024, "num_warps": 2, "enable_fp_fusion": True}
 """What the kernel of an addition alone is compiled for."""
