@@ -185,11 +185,10 @@ class Attachment(Switchable):
         """The memory of a call and its layout. Encodes raw pixels, which it replaces in ``kwargs`` by the result."""
         encoded = dict(kwargs.get("mm_encoder_outputs") or {})
         recalls: list[Recall] = []
-        blocks = list(self.blocks().values())
         for modality, token in self._token_ids.items():
             if encoded.get(modality) is not None:
                 places = placeholders(base, kwargs, token)
-                kernels = read_by_kernels(blocks, places.device)
+                kernels = self._read_by_kernels(places)
                 recalls.append(
                     Recall.joined(recalls_of(encoded[modality], places, "Vision Remember", "vr", by_kernel=kernels))
                 )
@@ -200,7 +199,7 @@ class Attachment(Switchable):
                 with self._unread.left_out(arguments):
                     encoded[modality], known = self._encoding.run(base, method, modality, **arguments, return_dict=True)
                 places = placeholders(base, kwargs, token)
-                kernels = read_by_kernels(blocks, places.device)
+                kernels = self._read_by_kernels(places)
                 recalls += [
                     memory.recall_images(range(len(memory.spans)), places, by_kernel=kernels) for memory in known
                 ]
@@ -212,6 +211,9 @@ class Attachment(Switchable):
             kwargs["mm_encoder_outputs"] = encoded
             return Recall.joined(recalls, self._text(base, kwargs))
         return self._nothing(base)
+
+    def _read_by_kernels(self, places: Tensor) -> bool:
+        return read_by_kernels(list(self.blocks().values()), places.device)
 
     def _ready(self, recall: Recall | None) -> Recall | None:
         """A recall with what the blocks can prepare before the decoder runs."""

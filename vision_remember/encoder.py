@@ -150,9 +150,8 @@ def projected(
     Returns:
         None if the module that stands there now is not among them.
     """
-    path = spec.fused or (spec.query if which == "query" else spec.key)
-    output = made.get(find_module(block, path or "", which))
-    return output if output is None or spec.fused is None else output.chunk(3, dim=-1)[0 if which == "query" else 1]
+    output = made.get(_maker(spec, block, which))
+    return output if output is None or spec.fused is None else _part(output, which)
 
 
 def project(spec: EncoderSpec, block: nn.Module, which: Literal["query", "key"], x: Tensor) -> Tensor:
@@ -164,14 +163,21 @@ def project(spec: EncoderSpec, block: nn.Module, which: Literal["query", "key"],
         which: of the two.
         x: what the block's attention is given.
     """
-    if spec.fused is None:
-        path = spec.query if which == "query" else spec.key
-        projected: Tensor = find_module(block, path or "", which)(x)
-        return projected
-    module, part = find_module(block, spec.fused, which), 0 if which == "query" else 1
+    module = _maker(spec, block, which)
     if isinstance(module, nn.MultiheadAttention):
-        bias = None if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[part]
-        return nn.functional.linear(x, module.in_proj_weight.chunk(3)[part], bias)
+        bias = None if module.in_proj_bias is None else _part(module.in_proj_bias, which)
+        return nn.functional.linear(x, _part(module.in_proj_weight, which, dim=0), bias)
     # The whole projection, also where a part of it would do: its weight may be quantised, sharded or adapted.
-    fused: Tensor = module(x)
-    return fused.chunk(3, dim=-1)[part]
+    output: Tensor = module(x)
+    return output if spec.fused is None else _part(output, which)
+
+
+def _maker(spec: EncoderSpec, block: nn.Module, which: Literal["query", "key"]) -> nn.Module:
+    """The module behind queries or keys."""
+    path = spec.fused or (spec.query if which == "query" else spec.key)
+    return find_module(block, path or "", which)
+
+
+def _part(fused: Tensor, which: Literal["query", "key"], *, dim: int = -1) -> Tensor:
+    """Queries or keys, or what makes them, of three parts in one."""
+    return fused.chunk(3, dim=dim)[0 if which == "query" else 1]
