@@ -17,17 +17,7 @@ from benchmarks.proof.claims import CLAIMS, DETAIL
 from benchmarks.proof.levels import LEVELS, TINY
 from benchmarks.proof.longer import longer_rows
 from benchmarks.proof.pages import task_groups, task_names
-from benchmarks.proof.report import (
-    Results,
-    claim_rows,
-    paper_scores,
-    pruned_rows,
-    recovery_rows,
-    search_rows,
-    stage_rows,
-    suite_table,
-    tuning_rows,
-)
+from benchmarks.proof.results import Results
 from benchmarks.proof.runner import (
     Job,
     arms_of,
@@ -46,6 +36,16 @@ from benchmarks.proof.suites import (
     interaction,
     searched_arms,
     tuning_arms,
+)
+from benchmarks.proof.tables import (
+    claim_rows,
+    paper_scores,
+    pruned_rows,
+    recovery_rows,
+    search_rows,
+    stage_rows,
+    suite_table,
+    tuning_rows,
 )
 from benchmarks.proof.times import absorbed_name, times_file
 
@@ -325,7 +325,31 @@ def test_more_steps_stand_beside_the_same_seeds(path: Path, tmp_path: Path) -> N
     assert "lines.jsonl#L" in row["lines, 3 steps"]
     assert "[0]" not in row["lines, 3 steps"]
     page = report.written_part(Results(path, LEVEL), longer)
-    assert "## With 7 steps, seeds [1]\n\n" + "\n".join(rows) in page
+    said = f"Level `longer`, seeds [1], {len(lines)} lines; torch 0.0."
+    assert "\n\n".join(["## With 7 steps", said, "\n".join(rows)]) in page
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_papers_geometry_has_tables_of_what_has_ended(path: Path, tmp_path: Path, whole: bool) -> None:
+    """Without an uncompressed arm nothing is said of shares of the loss; all else is."""
+    level = replace(LEVEL, name="wider", check_every=7)
+    file = tmp_path / "wider.jsonl"
+    arms = [_spec(name) for name in SCORES if whole or name != "no compression"]
+    lines = [
+        {**line(arm, seed, SCORES[arm.name]), "key": Job(arm, seed).key(level)} for arm in arms for seed in SEEDS[:2]
+    ]
+    file.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    stages_file(file).write_text(stages_file(path).read_text())
+    wider = Results(file, level)
+    page = report.written_part(Results(path, LEVEL), wider=wider)
+    part = page.split("## At the paper's geometry\n\n")[1]
+    assert part.startswith(f"Level `wider`, seeds [0, 1], {len(lines)} lines; torch 0.0.\n\nThe encoder named 98.0 %")
+    rows = [row for row in part.splitlines() if row.startswith("| ")]
+    claims = [claim for claim in CLAIMS if claim.suite == "table5a" and (whole or claim.better != "no compression")]
+    assert [cells(row)[0] for row in rows if "wider.jsonl#L" in row and " − " in row] == [c.text for c in claims]
+    assert f"| pooled 1/4 + VR | 36 | 1,234,567 | – | {wider.mean('pooled 1/4 + VR', 'General')} |" in part
+    assert ("won back" in part) == whole
+    assert all(f"| `{task}` |" in part for task in TASKS)
 
 
 def test_the_command_writes_page_and_figures(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from .arms import ArmSpec
 from .claims import DETAIL
 
 if TYPE_CHECKING:
-    from .report import Results
+    from .results import Results
 
 DENSITY_ARMS = ("no compression", "pooled 1/4", "pooled 1/9", "pooled 1/16", "pooled 1/4 + VR")
 LABELLED_PRUNERS = ("FastV 1/4", "VisionZip 1/4", "SparseVLM")

@@ -10,7 +10,7 @@ from .statistics import recovered
 from .suites import SUITES, pooled
 
 if TYPE_CHECKING:
-    from .report import Results
+    from .results import Results
 
 SUITE = "patience"
 

@@ -1,0 +1,93 @@
+"""The lines of a results file, by arm."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .arms import ArmSpec
+from .levels import Level
+from .pages import task_groups, task_names
+from .runner import Job, is_tuned, read_lines, stages_file, suite_arms
+from .statistics import Mean, mean_of
+from .suites import SUITES, TUNING_SEED
+from .times import absorbed_name, times_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Results:
+    """The lines of a results file, by arm.
+
+    Args:
+        path: The file. Suites that it lacks have no lines; table 4b has no arms before all its rates are tried.
+        level: Its level.
+        seeds: Which lines of arms count; None for all but those of choices.
+
+    Raises:
+        ValueError: a file without lines.
+    """
+
+    def __init__(self, path: Path, level: Level, *, seeds: Sequence[int] | None = None) -> None:
+        self.path, self.level = path, level
+        self.lines = read_lines(path)
+        if not self.lines:
+            raise ValueError(f"{path} has no lines: no run has ended yet")
+        times = times_file(path)
+        self.times: dict[str, Any] = json.loads(times.read_text(encoding="utf-8"))["times"] if times.exists() else {}
+        self.stages: dict[str, Any] = json.loads(stages_file(path).read_text(encoding="utf-8"))
+        self.number = {line["key"]: number for number, line in enumerate(self.lines, 1)}
+        self.by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        if seeds is None:
+            seeds = sorted({line["seed"] for line in self.lines if line["seed"] < TUNING_SEED})
+        known = {line["key"]: line for line in self.lines}
+        tuned = is_tuned(level, path)
+        self.suites: dict[str, list[ArmSpec]] = {
+            name: suite_arms(name, level, path) if tuned or name != "table4b" else [] for name in SUITES
+        }
+        for arm in (arm for arms in self.suites.values() for arm in arms):
+            if arm.name not in self.by_arm:
+                keys = [Job(arm, seed).key(level) for seed in seeds]
+                self.by_arm[arm.name] = [known[key] for key in keys if key in known]
+        self.seeds = seeds
+        tasks = task_names(level)
+        self.groups = task_groups(tasks)
+
+    def tasks(self, group: str | None = None) -> list[str]:
+        """The tasks of a group, or all."""
+        return [task for task, of in self.groups.items() if group in (None, of)]
+
+    def mean(self, arm: str, group: str | None = None) -> Mean:
+        """Mean accuracy in per cent over seeds, of the mean over tasks."""
+        tasks = self.tasks(group)
+        return mean_of([100 * statistics.fmean(line["test"][t] for t in tasks) for line in self.by_arm[arm]])
+
+    def time(self, arm: str, part: str, *, absorbed: bool = False) -> float | None:
+        """Median time of an arm or pruner, relative to average pooling at 1/4; None where it was not measured.
+
+        Args:
+            arm: Its name.
+            part: "prefill" or "forward".
+            absorbed: With the projections of the cells absorbed.
+        """
+        # tables share arms, whose times stand under one of their names
+        specs = {spec.name: spec.recipe() for arms in self.suites.values() for spec in arms}
+        own = {**specs[arm], "lr": None} if arm in specs else None
+        names = [name for name, recipe in specs.items() if own and {**recipe, "lr": None} == own] or [arm]
+        names = [absorbed_name(name) if absorbed else name for name in [arm, *names]]
+        found = next((self.times[name] for name in names if name in self.times), None)
+        return None if found is None else float(found[part][1])
+
+    def links(self, arm: str) -> str:
+        """Links to the arm's lines."""
+        return ", ".join(self.link(line, str(line["seed"])) for line in self.by_arm[arm])
+
+    def link(self, line: Mapping[str, Any], text: str) -> str:
+        """A link to a line."""
+        path = self.path.resolve()
+        where = f"../{path.relative_to(ROOT)}" if path.is_relative_to(ROOT) else self.path
+        return f"[{text}]({where}#L{self.number[line['key']]})"

@@ -1,0 +1,199 @@
+"""The tables of the report, as rows of Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.paper_tables import GROUPS, TABLE_2, TABLE_4, TABLE_5A, group_averages
+
+from .claims import CLAIMS, DETAIL, Claim
+from .results import Results
+from .runner import Job, choosing_mean, validation_mean
+from .statistics import compared, mean_of, recovered
+from .suites import INTERACTION_NAMES, RATIOS, SEARCHED, TUNING_FACTORS, TUNING_SEED, tuning_arms
+
+_PAPER_4 = {
+    "baseline (average pool)": ("4a", "baseline"),
+    "+ resample (deformable, last level)": ("4a", "vision resample"),
+    "+ multi-level": ("4a", "vision resample, several levels"),
+    "+ SELA": ("4a", "vision resample, several levels, SELA"),
+    "global attention": ("4b", "global attention"),
+    "deformable attention": ("4b", "deformable attention"),
+    "SELA": ("4b", "SELA"),
+    "1": ("4c", "layer 1"),
+    "1, 4": ("4c", "layers 1, 4"),
+    "1, 4, 7": ("4c", "layers 1, 4, 7"),
+}
+_PAPER_2 = {"average pool": "average pooling", "PixelShuffle": "pixel shuffle", "deformable": "deformable attention",
+            "LDPv2": "LDPv2"}  # fmt: skip
+_PAPER_5A = {"no compression": "no compression", "pooled 1/4": "baseline", "pooled 1/4 + VR": "Ours"}
+
+
+def suite_table(results: Results, suite: str) -> list[str]:
+    """A suite's arms: ours by group, the paper's beside."""
+    header = [
+        "arm",
+        "tokens",
+        "added parameters",
+        "prefill",
+        *GROUPS,
+        "mean",
+        "paper: OCR & Chart",
+        "paper: mean",
+        "lines",
+    ]
+    rows = [header, ["---"] * len(header)]
+    for arm in results.suites[suite]:
+        lines = results.by_arm[arm.name]
+        if not lines:
+            continue
+        name = arm.name if arm.lr is None else f"{arm.name} (rate {arm.lr:g})"
+        paper_detail, paper_mean = paper_scores(suite, arm.name)
+        groups = [str(results.mean(arm.name, group)) if results.tasks(group) else "–" for group in GROUPS]
+        added = f"{lines[0]['parameters']['blocks']:,}"
+        rows.append([name, str(lines[0]["tokens"]), added, _ratio(results.time(arm.name, "prefill")), *groups,
+                     str(results.mean(arm.name)), paper_detail, paper_mean, results.links(arm.name)])  # fmt: skip
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def paper_scores(suite: str, arm: str) -> tuple[str, str]:
+    """What the paper prints for an arm: OCR & Chart and the mean; "–" where it prints nothing."""
+    if suite in ("table4a", "table4b", "table4c") and arm in _PAPER_4:
+        row = next(row for row in TABLE_4 if (row.table, row.label) == _PAPER_4[arm])
+        return f"{row.groups[DETAIL]:.1f}", f"{row.average:.1f}"
+    plain = arm.removesuffix(" + VR")
+    if suite == "table2" and plain in _PAPER_2:
+        printed = next(row for row in TABLE_2 if row.label == _PAPER_2[plain] and row.remember == (plain != arm))
+        return f"{group_averages(printed.scores)[DETAIL]:.1f}", f"{printed.average:.1f}"
+    if suite == "table5a" and arm in _PAPER_5A:
+        budget = next(row for row in TABLE_5A if row.label == _PAPER_5A[arm])
+        return "–", f"{budget.average:.1f}"
+    return "–", "–"
+
+
+def claim_rows(results: Results, suite: str | None = None) -> list[str]:
+    """Each claim, or each that a suite decides: what the paper says, what the runs say."""
+    rows = [["claim", "paper", "compared", "difference, points", "p", "here"], ["---"] * 6]
+    for claim in (claim for claim in CLAIMS if suite in (None, claim.suite)):
+        if results.by_arm[claim.better] and results.by_arm[claim.worse] and results.tasks(claim.group):
+            rows.append(_claim_row(results, claim))
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _claim_row(results: Results, claim: Claim) -> list[str]:
+    better, worse = results.by_arm[claim.better], results.by_arm[claim.worse]
+    found = compared(better, worse, results.tasks(claim.group), claim.margin)
+    on = f" ({claim.group})" if claim.group else ""
+    sides = f"{claim.better} {results.links(claim.better)} − {claim.worse} {results.links(claim.worse)}{on}"
+    p = "–" if found.p is None else f"{found.p:.2g}"
+    return [claim.text, claim.where, sides, f"{found.difference:+.1f}", p, found.verdict]
+
+
+def recovery_rows(results: Results) -> list[str]:
+    """What share of the loss on OCR & Chart is won back at each ratio."""
+    header = [
+        "ratio",
+        "pooled",
+        "with Vision Remember",
+        "no compression",
+        "won back, %",
+        "prefill, to pooled",
+        "absorbed",
+    ]
+    rows = [header, ["---"] * len(header)]
+    arms = [(f"1/{ratio}", f"pooled 1/{ratio} + VR") for ratio in RATIOS]
+    arms += [(arm.name, arm.name) for arm in results.suites["search"] if arm.name.startswith("1/")]
+    for title, mine in arms:
+        low, high = f"pooled {title.split(':')[0]}", "no compression"
+        if all(results.by_arm[name] for name in (low, mine, high)):
+            share = recovered(*(results.by_arm[name] for name in (mine, low, high)), results.tasks(DETAIL))
+            base = results.time(low, "prefill")
+            times = [results.time(mine, "prefill", absorbed=absorbed) for absorbed in (False, True)]
+            cells = [str(results.mean(name, DETAIL)) for name in (low, mine, high)]
+            ratios = [_ratio(time and base and time / base) for time in times]
+            rows.append([title, *cells, str(share or "–"), *ratios])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def task_rows(results: Results) -> list[str]:
+    """Accuracy by task of the arms that everything is about."""
+    arms = [
+        "no compression",
+        "pooled 1/4",
+        "pooled 1/4 + VR",
+        "pooled + MLP of equal parameters",
+        "the paper as printed",
+    ]
+    arms = [arm for arm in arms if results.by_arm[arm]]
+    rows = [["task", "group", *arms], ["---"] * (2 + len(arms))]
+    for task, group in results.groups.items():
+        cells = [mean_of([100 * line["test"][task] for line in results.by_arm[arm]]) for arm in arms]
+        rows.append([f"`{task}`", group, *map(str, cells)])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def search_rows(results: Results) -> list[str]:
+    """Validation accuracy of everything that was tried for the default, on the seed that is for choices."""
+    known = {line["key"]: line for line in results.lines}
+    rows = [["tried", f"validation, {DETAIL}", "validation, the other groups, which choose"], ["---"] * 3]
+    for arm in SEARCHED:
+        line = known.get(Job(arm, TUNING_SEED).key(results.level))
+        if line is not None:
+            last = line["curve"]["validation"][-1]
+            detail = f"{100 * statistics.fmean(last[task] for task in results.tasks(DETAIL)):.1f}"
+            rows.append([arm.name, detail, results.link(line, f"{100 * choosing_mean(line):.1f}")])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def pruned_rows(results: Results) -> list[str]:
+    """The pruners on the arm that was trained without compression, question by question; beside them trained arms."""
+    rows = [["pruner", "tokens, mean over layers", "forward pass, to pooled 1/4", *GROUPS, "mean", "lines"]]
+    rows.append(["---"] * len(rows[0]))
+    lines = results.by_arm["no compression"]
+    for name in lines[0]["pruned"] if lines else ():
+        found = [line["pruned"][name] for line in lines]
+        tokens = [one["tokens"] for one in found if "tokens" in one]
+        groups = [_pruned_mean(found, [t for t in results.tasks(group) if t in found[0]["test"]]) for group in GROUPS]
+        rows.append([
+            name,
+            f"{statistics.fmean(tokens):.1f}" if tokens else str(lines[0]["tokens"]),
+            _ratio(results.time("no compression" if name == "none" else name, "forward")),
+            *groups,
+            _pruned_mean(found, list(found[0]["test"])),
+            results.links("no compression"),
+        ])  # fmt: skip
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _pruned_mean(found: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
+    if not tasks:
+        return "–"
+    return str(mean_of([100 * statistics.fmean(one["test"][task] for task in tasks) for one in found]))
+
+
+def stage_rows(results: Results) -> list[str]:
+    """What the decoders read before any arm began, and which ratios were left out for it."""
+    rows = [["tokens of", "look-ups right, one cell a token", "look-ups right, such tokens", "arms"], ["---"] * 4]
+    for side, reads in results.stages["reads"].items():
+        run = reads[side] >= results.level.reads_enough
+        rows.append([f"{side} x {side} cells", f"{100 * reads['1']:.1f} %", f"{100 * reads[side]:.1f} %",
+                     "run" if run else f"left out: below {100 * results.level.reads_enough:.0f} %"])  # fmt: skip
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def tuning_rows(results: Results) -> list[str]:
+    """Validation accuracy of each interaction at each learning rate."""
+    known = {line["key"]: line for line in results.lines}
+    rates = [f"rate {factor * results.level.arm.lr:g}" for factor in TUNING_FACTORS]
+    rows = [["interaction", *rates], ["---"] * (1 + len(rates))]
+    for name in INTERACTION_NAMES:
+        lines = [known.get(Job(arm, TUNING_SEED).key(results.level)) for arm in tuning_arms(name, results.level)]
+        last = ["–" if line is None else results.link(line, f"{100 * validation_mean(line):.1f}") for line in lines]
+        rows.append([INTERACTION_NAMES[name], *last])
+    return ["| " + " | ".join(row) + " |" for row in rows]
