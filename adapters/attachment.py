@@ -28,7 +28,7 @@ from vision_remember.adapters.idle_parameters import recall_nothing
 from vision_remember.adapters.interception import MethodInterception
 from vision_remember.adapters.own_forward import OwnForward
 from vision_remember.adapters.resolve import HostParts
-from vision_remember.adapters.tokens import placeholders, text_positions, wants_tuple
+from vision_remember.adapters.tokens import PIXELS, placeholders, text_positions, wants_tuple
 from vision_remember.adapters.transport import recalls_of, with_rows, without_memory, without_rows
 from vision_remember.adapters.unread import UnreadBlocks
 from vision_remember.config import VisionRememberConfig
@@ -51,9 +51,6 @@ METHODS = {"get_image_features": "image", "get_video_features": "video"}
 """The methods that encode, and what."""
 
 INTERCEPTION = MethodInterception(SLOT, METHODS, ENCODER_SLOT)
-
-_PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
-"""The arguments that may hold raw pixels, by modality."""
 
 
 class Attachment(Switchable):
@@ -128,6 +125,10 @@ class Attachment(Switchable):
             layer._modules.pop(NAME, None)
         self._base.__dict__.pop(SLOT, None)
 
+    def keep(self, handle: RemovableHandle) -> None:
+        """Takes charge of a further hook, which :meth:`uninstall` removes with the others."""
+        self._handles.append(handle)
+
     @property
     def installed(self) -> bool:
         """Whether the host has it now."""
@@ -193,7 +194,7 @@ class Attachment(Switchable):
                     Recall.joined(recalls_of(encoded[modality], places, "Vision Remember", "vr", by_kernel=kernels))
                 )
                 encoded[modality] = without_rows(encoded[modality])
-            elif any(kwargs.get(name) is not None for name in _PIXELS[modality]):
+            elif any(kwargs.get(name) is not None for name in PIXELS[modality]):
                 method = INTERCEPTION.original(base, f"get_{modality}_features")
                 arguments = {name: kwargs[name] for name in inspect.signature(method).parameters if name in kwargs}
                 with self._unread.left_out(arguments):
@@ -206,7 +207,7 @@ class Attachment(Switchable):
         # Only now: modalities may share arguments. The rest stays, as positions may follow from the images' sizes.
         for modality in self._token_ids:
             if encoded.get(modality) is not None:
-                kwargs.update((name, None) for name in _PIXELS[modality] if name in kwargs)
+                kwargs.update((name, None) for name in PIXELS[modality] if name in kwargs)
         if recalls:
             kwargs["mm_encoder_outputs"] = encoded
             return Recall.joined(recalls, self._text(base, kwargs))

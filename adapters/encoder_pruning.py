@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from vision_remember.adapters.attachment import ENCODER_SLOT, INTERCEPTION
 from vision_remember.adapters.encoder_attention import over_tokens, patch_attention
 from vision_remember.adapters.encoding import Encoding
-from vision_remember.adapters.pruner_attachment import FEATURES, PrunerAttachment
+from vision_remember.adapters.pruner_attachment import PrunerAttachment
 from vision_remember.adapters.resolve import HostParts, level_field, levels_read
 from vision_remember.adapters.sample import samples
-from vision_remember.adapters.tokens import placeholders, wants_tuple
+from vision_remember.adapters.tokens import PIXELS, placeholders, wants_tuple
 from vision_remember.adapters.transport import recalls_of, with_rows, without_rows
 from vision_remember.encoder import find_module
 from vision_remember.memory import Recall, VisionMemory
@@ -174,7 +174,7 @@ class EncoderPrunerAttachment(PrunerAttachment):
         if encoded.get("image") is not None:
             recalls += recalls_of(encoded["image"], places, "the pruner", "pruner")
             encoded["image"] = without_rows(encoded["image"])
-        for modality, names in FEATURES.items():
+        for modality, names in PIXELS.items():
             if encoded.get(modality) is not None or all(kwargs.get(name) is None for name in names):
                 continue
             method = INTERCEPTION.original(base, f"get_{modality}_features")
@@ -184,7 +184,7 @@ class EncoderPrunerAttachment(PrunerAttachment):
                 recalls.append(memory.recall_images(range(len(memory.spans)), places))
             else:  # stays whole; hosts take no raw pixels beside what is encoded
                 encoded[modality] = method(base, **arguments, return_dict=True)
-        kwargs.update((name, None) for names in FEATURES.values() for name in names if name in kwargs)
+        kwargs.update((name, None) for names in PIXELS.values() for name in names if name in kwargs)
         kwargs["mm_encoder_outputs"] = encoded
         keep = torch.ones_like(places)
         for recall in recalls:

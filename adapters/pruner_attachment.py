@@ -25,7 +25,7 @@ from vision_remember.adapters.passage import Passage
 from vision_remember.adapters.pruned_cache import cache_of, pruned_layer
 from vision_remember.adapters.resolve import HostParts
 from vision_remember.adapters.shortening import shortened
-from vision_remember.adapters.tokens import placeholders
+from vision_remember.adapters.tokens import PIXELS, placeholders
 from vision_remember.adapters.transport import without_memory
 from vision_remember.pruning import DecoderPruner, Pruner
 from vision_remember.threads import Switchable
@@ -35,9 +35,6 @@ NAME = "vision_pruning"
 
 SLOT = "_vision_pruner"
 """Where a base keeps its pruner."""
-
-FEATURES = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
-"""The arguments that may hold raw pixels, by modality."""
 
 
 class PrunerAttachment(Switchable):
@@ -95,7 +92,7 @@ class PrunerAttachment(Switchable):
         kwargs = {**named, **kwargs}
         # Not by the tokens alone: a decoder may make up a placeholder while it generates.
         encoded = kwargs.get("mm_encoder_outputs") or {}
-        raw = [kwargs.get(name) for names in FEATURES.values() for name in names]
+        raw = [kwargs.get(name) for names in PIXELS.values() for name in names]
         if not any(value is not None for value in (*encoded.values(), *raw)):
             return None
         vision = torch.stack([placeholders(base, kwargs, token) for token in self._tokens]).any(0)

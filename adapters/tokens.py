@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+"""The arguments that may hold raw pixels, by modality."""
+
 
 def image_tokens(output: Any) -> Any:
     """One (tokens, D) for each image, of what an encoding method returned."""

@@ -100,7 +100,9 @@ class VisionRememberCallback(TrainerCallback):
                 self._handle.detach()
             raise
         if host is model:
-            host.register_load_state_dict_pre_hook(translate_names)
+            attached = find_attachment(model)
+            assert attached is not None
+            attached.keep(host.register_load_state_dict_pre_hook(translate_names))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

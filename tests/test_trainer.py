@@ -95,6 +95,18 @@ def test_it_attaches_and_trains_what_the_phase_says(tmp_path: Path) -> None:
     assert all("vision_remember" in name or "multi_modal_projector" in name for name in moved)
 
 
+def test_detaching_takes_the_callbacks_hook_along(tmp_path: Path) -> None:
+    """A detached host refuses no names that it would take without us."""
+    model = host()
+    callback = VisionRememberCallback(LAYERS)
+    trainer(model, tmp_path, callback)
+    unknown = {"nowhere": torch.zeros(1)}
+    with pytest.raises(RuntimeError, match="belong nowhere in this"):
+        model.load_state_dict(unknown, strict=False)
+    callback.handle.detach()
+    assert model.load_state_dict(unknown, strict=False).unexpected_keys == ["nowhere"]
+
+
 def test_a_resumed_run_ends_bit_for_bit_where_the_straight_one_does(straight: tuple[Any, Path], tmp_path: Path) -> None:
     expected, folder = straight
     shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")  # what a kill after step 3 leaves
