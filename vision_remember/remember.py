@@ -17,7 +17,7 @@ from vision_remember.interactions.base import check_tokens
 from vision_remember.interactions.levels import Features, are_features, is_plain
 from vision_remember.interactions.region_cells import PreparedRaster
 from vision_remember.interactions.token_mixer import TokenMixerKind
-from vision_remember.ops.one_query import has_tangent
+from vision_remember.ops.transforms import has_tangent
 from vision_remember.ops.triton_local_attention import DTYPES
 from vision_remember.ops.triton_rows import MOST_ROWS, add_update, gather_normalised, write_update
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vision_remember.grid import check_count
+from vision_remember.ops.transforms import is_transformed
 
 FeatureNorm = Literal["per_level", "joint", "none"]
 
@@ -107,7 +108,7 @@ class LevelLinear(nn.Linear):
         # In place where no gradient may need the sum so far: out of place it is copied first. Autocast narrows the
         # arguments of the latter alone, and vmap knows no other. Compiled code is functional by itself.
         copying = torch.is_grad_enabled() or torch.is_autocast_enabled(total.device.type)
-        copying = copying or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        copying = copying or torch.compiler.is_compiling() or is_transformed()
         for level, weight in zip(features[1:], weights[1:], strict=True):
             total = (total.addmm if copying else total.addmm_)(level.flatten(0, -2), weight.t())
         return total.view(*features[0].shape[:-1], self.out_features)

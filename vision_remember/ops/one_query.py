@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
+
+from vision_remember.ops.transforms import has_tangent, is_transformed
 
 # What the products of the regions at hand may take: measured fastest between 256 kB and 1 MB, of caches of 2 MB.
 _BYTES_AT_A_TIME = 1 << 19
@@ -83,21 +84,13 @@ def is_plain(*tensors: Tensor) -> bool:
 
     That is, no graph of operators, no transform and no forward derivative.
     """
-    if torch.compiler.is_compiling() or get_proxy_mode() is not None or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or get_proxy_mode() is not None or is_transformed():
         return False
     if len({x.dtype for x in tensors}) > 1:
         return False
     # Gradients for many cotangents at once come as batches of an older kind, and of no transform.
     batched = torch._C._functorch.is_legacy_batchedtensor
     return not (has_tangent(tensors) or any(batched(x) for x in tensors))
-
-
-def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a tensor carries a forward derivative; in compiled code none does."""
-    # Outside of a dual level none can: a pass that asks about all parameters of a block should not have to walk them.
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if x is not None)
 
 
 def softmax(logits: Tensor, dim: int) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from vision_remember.grid import Grid, region
-from vision_remember.ops.one_query import has_tangent
 from vision_remember.ops.regions import AxisRegions
+from vision_remember.ops.transforms import has_tangent
 from vision_remember.ops.triton_support import kernels_run, load_kernels
 from vision_remember.ops.windowed import windowed_local_attention
 

@@ -14,9 +14,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from vision_remember.ops.one_query import has_tangent
+from vision_remember.ops.transforms import has_tangent, is_transformed
 from vision_remember.ops.triton_local_attention import DTYPES
-from vision_remember.ops.triton_support import is_transformed, kernels_run, load_kernels
+from vision_remember.ops.triton_support import kernels_run, load_kernels
 
 MOST_ROWS = 256
 """Rows that :func:`write_update` is for: beyond, a launch is little beside the product, where libraries do better."""

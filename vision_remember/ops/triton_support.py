@@ -14,6 +14,8 @@ from types import ModuleType
 
 import torch
 
+from vision_remember.ops.transforms import is_transformed
+
 _KERNELS = "vision_remember.ops.triton_kernels"
 _OLDEST = (3, 5)  # of Triton, as in pyproject.toml
 _OLDEST_GPU = 8  # compute capability, its first number
@@ -44,11 +46,6 @@ _USABLE = _is_usable()  # asked once: torch.compile takes it for a constant
 def kernels_run(device: torch.device) -> bool:
     """Whether kernels run on a device: a GPU, under no transform of torch.func."""
     return device.type == "cuda" and _USABLE and not is_transformed() and _is_new_enough(device)
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func is at work; compiled code, which may not ask, is taken for none."""
-    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())
 
 
 def _is_new_enough(device: torch.device) -> bool:
