@@ -60,8 +60,11 @@ def table(scenes: int) -> list[str]:
     ]
     for task in TASKS.values():
         blind = blind_accuracy(task.name, scenes=20 * scenes)
+        asked = 16 if task.board else 4  # a board's bags are counted, others' sampled
         bags = [
-            " / ".join(percent(bag_accuracy(task.name, pool, level=level, scenes=scenes)) for pool in POOLS)
+            " / ".join(
+                percent(bag_accuracy(task.name, pool, level=level, scenes=scenes, questions=asked)) for pool in POOLS
+            )
             for level in LEVELS
         ]
         question = make_scene(task.name, 0).questions[0].text

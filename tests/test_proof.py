@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 from benchmarks.proof import report, runner
-from benchmarks.proof.arms import ArmSpec, Pretrained, build_arm, control_width
+from benchmarks.proof.arms import ArmSpec, Pretrained, build_arm
 from benchmarks.proof.claims import CLAIMS
 from benchmarks.proof.levels import CPU, GPU, TINY, Level
 from benchmarks.proof.model import TokenPlaces, answer_logits, build_model
@@ -31,9 +31,9 @@ from benchmarks.proof.pages import (
     task_names,
 )
 from benchmarks.proof.prepare import PART, Workshop
-from benchmarks.proof.runner import Job, arms_of, choice_arms, read_lines, run_suites, stages_file
+from benchmarks.proof.runner import Job, arms_of, choice_arms, read_lines, reads_tokens, run_suites, stages_file
 from benchmarks.proof.statistics import Comparison, compared, mean_of, recovered
-from benchmarks.proof.suites import SEARCHED, SUITES, TUNING_SEED, distinct
+from benchmarks.proof.suites import INTERACTION_NAMES, SEARCHED, SUITES, TUNING_SEED, distinct
 from benchmarks.proof.symbols import FIRST_TOKENS, MOST_TOKENS, Curriculum, Lookup, PageCode
 from benchmarks.proof.words import IGNORE, Streams, Words, stream
 
@@ -85,6 +85,20 @@ def test_training_validation_and_symbol_pages_are_not_the_same() -> None:
     sets.append(build_pages(LEVEL, words, 6, split="test", pixels=False))
     pages = [page.numpy().tobytes() for one in sets for page in one.labels]
     assert len(set(pages)) == len(pages)
+
+
+def test_the_sets_are_what_their_names_say(tmp_path: Path) -> None:
+    """Validation pages are new pages of the training split; test pages are of a split of their own."""
+    words, workshop = build_words(LEVEL), Workshop(LEVEL, tmp_path)
+    for name, count, start in (
+        ("train", LEVEL.train_pages, {}),
+        ("validation", LEVEL.validation_pages, {"first": VALIDATION_FROM}),
+        ("test", LEVEL.test_pages, {"split": "test"}),
+        ("symbols", LEVEL.symbol_pages, {"first": SYMBOLS_FROM, "pixels": False}),
+    ):
+        made, expected = workshop.pages(name).state(), build_pages(LEVEL, words, count, **start).state()
+        for part in expected:
+            assert torch.equal(made[part], expected[part]), (name, part)
 
 
 def test_lookups_ask_what_stands_in_a_shown_cell() -> None:
@@ -143,6 +157,13 @@ def test_every_cell_of_a_token_can_be_read_off_its_code(side: int) -> None:
         torch.testing.assert_close(said, expected)
 
 
+def test_arms_without_compression_need_a_decoder_that_reads_single_cells() -> None:
+    reads = {"2": {"1": 0.7, "2": 0.9}, "3": {"1": 0.9, "3": 0.7}}
+    level = replace(LEVEL, reads_enough=0.8)
+    run = [arm.name for arm in SUITES["table5a"] if arm.ratio < 16 and reads_tokens(arm, reads, level)]
+    assert run == ["pooled 1/4", "pooled 1/4 + VR"]
+
+
 def test_arms_of_a_ratio_that_no_decoder_reads_are_left_out(tmp_path: Path) -> None:
     results = tmp_path / "lines.jsonl"
     run_suites(["table5a"], [0], replace(LEVEL, reads_enough=1.01), tmp_path / "cache", results, 1)
@@ -169,12 +190,12 @@ def test_controls_are_as_large_as_the_block(kind: Any) -> None:
             for name, p in interaction.named_parameters()
             if p.ndim == 2
         )
-        hidden = control_width(kind, block, shape.text_width, tokens, cells)
+        hidden = control.model.model.language_model.layers[1].mlp_control.up.out_features
         assert 2 * shape.text_width * hidden * tokens == pytest.approx(products, rel=0.05)
 
 
 def test_every_claim_names_two_arms_of_the_suites() -> None:
-    names = {arm.name for arms in [*SUITES.values(), SEARCHED] for arm in arms}
+    names = {arm.name for arms in [*SUITES.values(), SEARCHED] for arm in arms} | set(INTERACTION_NAMES.values())
     assert {claim.better for claim in CLAIMS} | {claim.worse for claim in CLAIMS} <= names
     assert {claim.suite for claim in CLAIMS} <= set(SUITES)
 
@@ -202,12 +223,16 @@ def test_means_and_pairs_agree_with_scipy() -> None:
     ours = [{"seed": s, "test": {"a": 0.5 + 0.1 * s, "b": 0.75}} for s in (0, 1, 2)]
     theirs = [{"seed": s, "test": {"a": 0.5, "b": 0.5 + 0.05 * s}} for s in (1, 2, 3)]
     found = compared(ours, theirs, ["a", "b"])
-    expected = stats.ttest_rel([60, 75, 70, 75], [50, 55, 50, 60])
-    assert (found.difference, found.p, found.pairs) == (pytest.approx(16.25), pytest.approx(expected.pvalue), 4)
+    expected = stats.ttest_rel([67.5, 72.5], [52.5, 55.0])  # of seeds 1 and 2, over tasks
+    low, high = expected.confidence_interval(0.95)
+    assert (found.difference.value, found.p) == (pytest.approx(16.25), pytest.approx(expected.pvalue))
+    assert (found.difference.value - found.difference.half, high) == (pytest.approx(low), pytest.approx(high))
+    assert f"{found.difference:+}" == f"+16.2 ± {(high - low) / 2:.1f}"
     assert found.verdict == "holds"
     assert compared(theirs, ours, ["a", "b"]).verdict == "the opposite holds"
     assert compared(ours, ours, ["a"]).verdict == "does not hold"
-    assert [Comparison(1.0, p, 4).verdict for p in (0.0499, 0.05)] == ["holds", "undecided"]
+    assert compared(ours[:2], theirs[:1], ["a"]).verdict == "undecided"  # a single seed in common
+    assert [Comparison(mean_of([1, 2]), p).verdict for p in (0.0499, 0.05)] == ["holds", "undecided"]
     shifted = [{**line, "test": {task: score - 0.1 for task, score in line["test"].items()}} for line in ours]
     found = compared(ours, shifted, ["a", "b"])  # equal up to rounding: nothing to test against
     assert (found.p, found.verdict) == (None, "undecided")
@@ -217,12 +242,10 @@ def test_means_and_pairs_agree_with_scipy() -> None:
 
 def test_no_worse_is_tested_against_the_loss_that_is_allowed() -> None:
     base = [{"seed": s, "test": {"a": 0.5 + 0.01 * s, "b": 0.5}} for s in range(6)]
-    wobbling = [
-        {"seed": s, "test": {"a": 0.5 + 0.01 * s + 0.001 * (-1) ** s, "b": 0.5 - 0.001 * (-1) ** s}} for s in range(6)
-    ]
+    wobbling = [{"seed": s, "test": {"a": 0.5 + 0.01 * s + 0.002 * (-1) ** s, "b": 0.5}} for s in range(6)]
     assert compared(wobbling, base, ["a", "b"]).verdict == "undecided"  # as good, but not better
     found = compared(wobbling, base, ["a", "b"], margin=1.0)
-    differences = [100 * (w["test"][t] - b["test"][t]) for w, b in zip(wobbling, base, strict=True) for t in "ab"]
+    differences = [0.1, -0.1] * 3
     assert found.p == pytest.approx(float(stats.ttest_1samp(differences, -1.0).pvalue))
     assert found.verdict == "holds"
     lower = [{**line, "test": {t: v - 0.05 for t, v in line["test"].items()}} for line in wobbling]
@@ -258,7 +281,7 @@ def test_a_run_that_was_cut_off_goes_on_and_is_reported(tmp_path: Path) -> None:
     first = read_lines(results)
     wanted = {Job(arm, seed).key(LEVEL) for seed in (0, 1) for arm in arms_of(["controls"], LEVEL, results)}
     assert {line["key"] for line in first} == wanted
-    assert len(first) == 8
+    assert len(first) == 2 * len(SUITES["controls"])
 
     text = results.read_text().splitlines(keepends=True)
     cut = "".join(text[:-1]) + text[-1][:40]  # killed in the middle of a line
@@ -268,7 +291,7 @@ def test_a_run_that_was_cut_off_goes_on_and_is_reported(tmp_path: Path) -> None:
     run_suites(["controls"], range(2), LEVEL, cache, results, 1)
     again = read_lines(results)
     assert again[:-1] == first[:-1]
-    for name in ("key", "test", "curve", "parameters", "inside"):
+    for name in ("key", "test", "curve", "parameters"):
         assert again[-1][name] == first[-1][name]
     whole = results.read_bytes()
     run_suites(["controls"], range(2), LEVEL, cache, results, 1)
@@ -316,7 +339,10 @@ def test_a_run_that_fails_takes_no_other_with_it(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(runner, "run_job", one)
     jobs, results = [Job(arm, 0) for arm in SUITES["controls"]], tmp_path / "lines.jsonl"
-    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="1 of 4 runs failed: pooled, seed 0"):
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(RuntimeError, match=f"1 of {len(SUITES['controls'])} runs failed: pooled, seed 0"),
+    ):
         runner._run_jobs(jobs, LEVEL, tmp_path, results, pool)
     assert {line["key"] for line in read_lines(results)} == {job.key(LEVEL) for job in jobs[1:]}
 
@@ -346,9 +372,10 @@ def test_runs_that_wait_are_given_up_when_the_proof_is_interrupted(
 
 
 def test_what_two_suites_try_is_tried_once() -> None:
-    names = [Job(arm, TUNING_SEED).key(LEVEL) for arm in choice_arms(SUITES, LEVEL)]
+    none = Path("no lines yet")
+    names = [Job(arm, TUNING_SEED).key(LEVEL) for arm in choice_arms(SUITES, LEVEL, none)]
     assert len(set(names)) == len(names)
-    assert len(names) < sum(len(choice_arms([suite], LEVEL)) for suite in SUITES)
+    assert len(names) < sum(len(choice_arms([suite], LEVEL, none)) for suite in SUITES)
 
 
 def test_committed_results_are_those_of_the_level_as_it_is() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +14,14 @@ from benchmarks.proof.encoder import encode, kept_levels
 from benchmarks.proof.insight import look_inside
 from benchmarks.proof.levels import GPU, TINY, Level
 from benchmarks.proof.model import TokenPlaces, build_model
-from benchmarks.proof.pages import build_pages, build_words, task_names
+from benchmarks.proof.pages import VALIDATION_FROM, build_pages, build_words, task_names
 from benchmarks.proof.prompts import prompts
 from benchmarks.proof.rivals import RIVALS, asked_alone, pruned, windows_as_masks
 from benchmarks.proof.suites import SEARCHED, SUITES, distinct
 from benchmarks.proof.times import absorbed, measure
 from benchmarks.proof.train import Set, World, arm_logits, evaluate, run
 from benchmarks.proof.words import IGNORE, Streams
+from examples.demo.schedule import Recipe, optimise
 
 LEVEL = replace(TINY, tasks=("attribute", "characters"), test_pages=2)
 ARMS = distinct([arm for arms in [*SUITES.values(), SEARCHED] for arm in arms])
@@ -30,9 +33,11 @@ def world_of(level: Level, pages: int) -> World:
     model = build_model(level.shape, len(words), 3)
     places = TokenPlaces(level.shape.grid, level.shape.text_width)
     pretrained = dict.fromkeys((2, 3, 4), Pretrained(model.state_dict(), places.state_dict()))
-    drawn = build_pages(level, words, pages)
-    data = Set(drawn, encode(model, drawn, level.device))
-    return World(level, words, task_names(level), pretrained, data, data, data)
+    sets = []
+    for start in ({}, {"first": VALIDATION_FROM}, {"split": "test"}):
+        drawn = build_pages(level, words, pages, **start)
+        sets.append(Set(drawn, encode(model, drawn, level.device)))
+    return World(level, words, task_names(level), pretrained, *sets)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +129,40 @@ def test_a_question_counts_when_every_word_of_its_answer_is_right(
     monkeypatch.setattr("benchmarks.proof.train.arm_logits", answers)
     pages = replace(world.test.pages, labels=world.test.pages.labels[:2], tasks=torch.tensor([0, 1]), streams=streams)
     assert evaluate(arm, Set(pages, world.test.features), LEVEL, world.tasks) == {"attribute": 0.5, "characters": 1.0}
+
+
+def test_a_run_reports_the_test_pages_and_watches_the_validation_pages(world: World) -> None:
+    arm, found = run(ArmSpec("vr", layers=(1, 4)), 0, world, [_Bar()] * LEVEL.arm.steps)  # type: ignore[list-item]
+    assert found["test"] == evaluate(arm, world.test, LEVEL, world.tasks)
+    assert found["curve"]["validation"][-1] == evaluate(arm, world.validation, LEVEL, world.tasks)
+    said = {json.dumps(evaluate(arm, data, LEVEL, world.tasks)) for data in (world.train, world.validation, world.test)}
+    assert len(said) > 1  # or the lines above could not tell them apart
+
+
+def test_arms_see_equal_pages_at_their_own_rate(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    rates: list[float] = []
+
+    def pages_of(
+        arm: Arm, data: Set, index: torch.Tensor, device: str, half: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, Streams]:
+        if data is world.train:
+            seen.append(index)
+        return arm_logits(arm, data, index, device, half)
+
+    def at_rate(trained: Any, recipe: Recipe, *rest: Any, **options: Any) -> list[float]:
+        rates.append(recipe.lr)
+        return optimise(trained, recipe, *rest, **options)
+
+    monkeypatch.setattr("benchmarks.proof.train.arm_logits", pages_of)
+    monkeypatch.setattr("benchmarks.proof.train.optimise", at_rate)
+    steps = LEVEL.arm.steps
+    for spec, seed in ((ArmSpec("pooled"), 0), (ArmSpec("another", layers=(1,), lr=0.125), 0), (ArmSpec("pooled"), 1)):
+        run(spec, seed, world, [_Bar()] * steps)  # type: ignore[list-item]
+    assert rates == [LEVEL.arm.lr, 0.125, LEVEL.arm.lr]
+    one, other, new_seed = (torch.cat(seen[start : start + steps]) for start in range(0, 3 * steps, steps))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, new_seed)
 
 
 def test_levels_that_arms_read_are_kept() -> None:

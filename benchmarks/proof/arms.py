@@ -22,10 +22,6 @@ from .encoder import Features
 from .levels import Shape
 from .model import TokenPlaces, add_places, build_model
 
-PAPER_FACTOR = {"saliency_variant": "logit"}
-"""What every arm has that says nothing else: the tables compare with the paper's saliency, a factor in (0, 1). That one
-which takes nothing away does better is what the search found; the default preset has it since."""
-
 State = dict[str, Tensor]
 Control = Literal["parameters", "compute"]
 
@@ -39,7 +35,7 @@ class ArmSpec:
         projector: An entry of `PROJECTORS`; None keeps the model's own and every vision token.
         ratio: Cells per vision token.
         layers: Decoder layers before which a block runs; empty for none.
-        preset: The preset that `overrides` change, with the paper's saliency factor (`PAPER_FACTOR`).
+        preset: The preset that `overrides` change.
         overrides: Fields of `VisionRememberConfig`.
         gate: A learned factor tanh(g) on every block's update, g = 0 at the start.
         control: An MLP in the place of each block, as large or as costly as the block would be.
@@ -60,6 +56,11 @@ class ArmSpec:
     def cells(self) -> int:
         """Cells per side of a token that the arm's decoder has learned to read."""
         return max(2, math.isqrt(self.ratio))
+
+    @property
+    def token_cells(self) -> int:
+        """Cells per side of the arm's own tokens."""
+        return self.cells if self.projector else 1
 
     def recipe(self) -> dict[str, Any]:
         """Everything but the name: arms of two tables that agree in it are run once."""
@@ -117,8 +118,9 @@ class Arm:
         assert config.levels is not None
         side, count = math.isqrt(self.tokens), len(index)
         saliency = None if config.saliency is None else features.saliency[config.saliency_center][index].to(device)
-        if saliency is not None and config.saliency_variant == "boost":
-            saliency = 1 + saliency  # kept as the variant "logit"
+        if saliency is not None:  # kept as the variant "logit" at temperature 1
+            saliency = (saliency.logit() / config.saliency_temperature).sigmoid()
+            saliency = 1 + saliency if config.saliency_variant == "boost" else saliency
         memory = VisionMemory(
             tuple(features.level(level, index, device) for level in config.levels),
             saliency,
@@ -226,7 +228,7 @@ def build_arm(
 
 
 def _attach(model: LlavaForConditionalGeneration, spec: ArmSpec) -> VisionRememberHandle:
-    return attach_vision_remember(model, layers=spec.layers, preset=spec.preset, **{**PAPER_FACTOR, **spec.overrides})
+    return attach_vision_remember(model, layers=spec.layers, preset=spec.preset, **spec.overrides)
 
 
 def _add_controls(model: LlavaForConditionalGeneration, spec: ArmSpec, tokens: int, shape: Shape) -> None:

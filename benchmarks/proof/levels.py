@@ -57,7 +57,8 @@ class Level:
         test_pages: Pages per task behind the tables; no choice looks at them.
         encoder: How the encoder is pretrained.
         decoders: How the decoders are pretrained, one per compression ratio, each from the one before.
-        reads_enough: Share of look-ups on new pages that a decoder has to get right for its arms to be run.
+        reads_enough: Share of look-ups on new pages that a decoder has to get right, with tokens of as many cells as
+            an arm's, for the arm to be run.
         arm: How every arm is trained.
         check_every: Steps between two points of a curve.
         prefill_repeats: Timed forward passes per arm.

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import vision_remember.saliency
 import vision_remember.synth
+import vision_remember.tap
+from examples.demo import schedule
 from examples.demo.cache import Cache, source_digest
 
 from .arms import Pretrained
@@ -24,7 +27,12 @@ from .symbols import pretrain_decoder
 from .train import Set, World
 
 PRETRAINING_SEED = 0
-STAGES = [Path(__file__).with_name(f"{name}.py") for name in ("encoder", "model", "pages", "symbols", "words")]
+SOURCES = [
+    *(Path(__file__).with_name(f"{name}.py") for name in ("encoder", "model", "pages", "symbols", "words")),
+    *(Path(str(module.__file__)) for module in (schedule, vision_remember.tap, vision_remember.saliency)),
+    Path(str(vision_remember.synth.__file__)).parent,
+]
+"""What pages, encoder, features and decoders are made by."""
 PART = 64
 """Pages per task that a process draws at a time."""
 SETS = ("train", "validation", "test")
@@ -43,7 +51,7 @@ class Workshop:
         self.words, self.labels, self.tasks = build_words(level), label_names(), task_names(level)
         self._cache = Cache(folder)
         self._base = {
-            "sources": source_digest([Path(str(vision_remember.synth.__file__)).parent, *STAGES]),
+            "sources": source_digest(SOURCES),
             "shape": asdict(level.shape),
             "tasks": list(self.tasks),
             "detail": level.detail,

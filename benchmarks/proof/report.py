@@ -21,7 +21,7 @@ TITLES = {
     "table4b": "Table 4b: interactions, each with its own learning rate",
     "table4c": "Table 4c: where the blocks stand",
     "table5a": "Table 5a: against no compression, at three ratios",
-    "controls": "Controls: as many parameters, as much compute",
+    "controls": "Controls: as many parameters, as much compute, a map that says nothing",
     "search": "Search for a better default: chosen on other tasks and a seed of its own, then run as all others",
     "rivals": "Rivals: features added in place of attention, and tokens pruned without training",
 }
@@ -29,16 +29,17 @@ TITLES = {
 
 def where_from(results: Results) -> str:
     """Where the lines of a level come from."""
-    versions = ", ".join(f"{name} {version}" for name, version in results.lines[0]["versions"].items())
-    return f"Level `{results.level.name}`, seeds {results.seeds}, {len(results.lines)} lines; {versions}."
+    versions = [", ".join(f"{name} {version}" for name, version in line["versions"].items()) for line in results.lines]
+    said = "; or ".join(dict.fromkeys(versions))
+    return f"Level `{results.level.name}`, seeds {results.seeds}, {len(results.lines)} lines; {said}."
 
 
 def before_the_arms(results: Results) -> list[str]:
     """What a level's encoder and decoders had learned before its arms began."""
+    written = f"{100 * results.stages['encoder']['written_cells']:.1f} %"
     return [
-        "The encoder named "
-        f"{100 * results.stages['encoder']['written_cells']:.1f} % of the written cells before the arms began. "
-        "The decoders answered from symbols:",
+        f"In the last steps of its training the encoder named {written} of the written cells. The decoders answered "
+        "from symbols:",
         "\n".join(stage_rows(results)),
     ]
 

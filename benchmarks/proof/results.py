@@ -12,7 +12,7 @@ from typing import Any
 from .arms import ArmSpec
 from .levels import Level
 from .pages import task_groups, task_names
-from .runner import Job, is_tuned, read_lines, stages_file, suite_arms
+from .runner import Job, read_lines, stages_file, suite_arms
 from .statistics import Mean, mean_of
 from .suites import SUITES, TUNING_SEED
 from .times import absorbed_name, times_file
@@ -24,7 +24,7 @@ class Results:
     """The lines of a results file, by arm.
 
     Args:
-        path: The file. Suites that it lacks have no lines; table 4b has no arms before all its rates are tried.
+        path: The file. Suites that it lacks have no lines; table 4b has no arms before all its choices are made.
         level: Its level.
         seeds: Which lines of arms count; None for all but those of choices.
 
@@ -44,11 +44,8 @@ class Results:
         self.by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
         if seeds is None:
             seeds = sorted({line["seed"] for line in self.lines if line["seed"] < TUNING_SEED})
-        known = {line["key"]: line for line in self.lines}
-        tuned = is_tuned(level, path)
-        self.suites: dict[str, list[ArmSpec]] = {
-            name: suite_arms(name, level, path) if tuned or name != "table4b" else [] for name in SUITES
-        }
+        self._known = known = {line["key"]: line for line in self.lines}
+        self.suites: dict[str, list[ArmSpec]] = {name: suite_arms(name, level, path) for name in SUITES}
         for arm in (arm for arms in self.suites.values() for arm in arms):
             if arm.name not in self.by_arm:
                 keys = [Job(arm, seed).key(level) for seed in seeds]
@@ -56,6 +53,10 @@ class Results:
         self.seeds = seeds
         tasks = task_names(level)
         self.groups = task_groups(tasks)
+
+    def tried(self, arm: ArmSpec) -> dict[str, Any] | None:
+        """The arm's line of the seed that choices are made with."""
+        return self._known.get(Job(arm, TUNING_SEED).key(self.level))
 
     def tasks(self, group: str | None = None) -> list[str]:
         """The tasks of a group, or all."""
@@ -75,7 +76,8 @@ class Results:
             absorbed: With the projections of the cells absorbed.
         """
         # tables share arms, whose times stand under one of their names
-        specs = {spec.name: spec.recipe() for arms in self.suites.values() for spec in arms}
+        every = [*SUITES.values(), *self.suites.values()]
+        specs = {spec.name: spec.recipe() for arms in every for spec in arms}
         own = {**specs[arm], "lr": None} if arm in specs else None
         names = [name for name, recipe in specs.items() if own and {**recipe, "lr": None} == own] or [arm]
         names = [absorbed_name(name) if absorbed else name for name in [arm, *names]]

@@ -37,9 +37,9 @@ from .suites import (
     SUITES,
     TUNING_SEED,
     distinct,
-    interaction,
+    rate_arms,
+    saliency_arms,
     searched_arms,
-    tuning_arms,
 )
 from .train import World, run
 
@@ -118,17 +118,23 @@ def run_suites(
 
         def run(sides: Sequence[int]) -> None:
             reads = note_stages(workshop, sides, stages_file(results))
-            read = {side for side in sides if reads[str(side)][str(side)] >= level.reads_enough}
-            for side in sorted(set(sides) - read):
-                accuracy, least = reads[str(side)][str(side)], level.reads_enough
+
+            def run_arms(arms: Iterable[ArmSpec], seeds: Sequence[int]) -> None:
+                read = [arm for arm in arms if arm.cells in sides and reads_tokens(arm, reads, level)]
+                # Seed after seed, so that a run that is stopped has whole seeds.
+                _run_jobs([Job(arm, seed) for seed in seeds for arm in read], level, folder, results, pool)
+
+            arms = [arm for arm in arms_of(names, level, results) if arm.cells in sides]
+            unread = {(arm.cells, arm.token_cells) for arm in arms if not reads_tokens(arm, reads, level)}
+            for side, cells in sorted(unread):
+                accuracy, least = reads[str(side)][str(cells)], level.reads_enough
                 tqdm.write(
-                    f"1/{side**2} is left out: its decoder reads {accuracy:.1%} of new look-ups, not {least:.0%}"
+                    f"arms with tokens of {cells} x {cells} cells are left out: the decoder reads {accuracy:.1%} of "
+                    f"new look-ups, not {least:.0%}"
                 )
-            choices = [Job(arm, TUNING_SEED) for arm in choice_arms(names, level)]
-            _run_jobs([job for job in choices if job.spec.cells in read], level, folder, results, pool)
-            # Seed after seed, so that a run that is stopped has whole seeds.
-            jobs = [Job(arm, seed) for seed in seeds for arm in arms_of(names, level, results)]
-            _run_jobs([job for job in jobs if job.spec.cells in read], level, folder, results, pool)
+            for _ in range(2):  # rates are tried with the saliency that did best
+                run_arms(choice_arms(names, level, results), [TUNING_SEED])
+            run_arms(arms_of(names, level, results), seeds)
 
         prepare(level, folder, sides[0], pool)
         if len(sides) == 1:
@@ -141,10 +147,24 @@ def run_suites(
         run(sides)
 
 
-def choice_arms(names: Iterable[str], level: Level) -> list[ArmSpec]:
-    """The distinct arms that some suites try with `TUNING_SEED` before they choose some of their own."""
+def reads_tokens(arm: ArmSpec, reads: Mapping[str, Mapping[str, float]], level: Level) -> bool:
+    """Whether the decoder that an arm starts from has learned to read such tokens as the arm has.
+
+    Args:
+        arm: The arm.
+        reads: What the decoders read, by side and by that of the tokens, as `note_stages` returns it.
+        level: Says how much is enough.
+    """
+    return reads[str(arm.cells)][str(arm.token_cells)] >= level.reads_enough
+
+
+def choice_arms(names: Iterable[str], level: Level, results: Path) -> list[ArmSpec]:
+    """The distinct arms that some suites try with `TUNING_SEED` before they choose some of their own.
+
+    As far as it is known which: the best saliency of an interaction is known when all have been tried.
+    """
     tried = {
-        "table4b": [arm for interaction in INTERACTION_NAMES for arm in tuning_arms(interaction, level)],
+        "table4b": [arm for name in INTERACTION_NAMES for arm in tuning_arms(name, level, results)],
         "search": SEARCHED,
     }
     return distinct([arm for name in names for arm in tried.get(name, ())])
@@ -171,7 +191,7 @@ def stages_file(results: Path) -> Path:
 
 
 def arms_of(names: Iterable[str], level: Level, results: Path) -> list[ArmSpec]:
-    """The distinct arms of some suites, in their order; those of table 4b with the rates that tuning chose."""
+    """The distinct arms of some suites, in their order; those of table 4b as tuning chose them."""
     arms: list[ArmSpec] = []
     for name in names:
         arms += suite_arms(name, level, results)
@@ -179,9 +199,9 @@ def arms_of(names: Iterable[str], level: Level, results: Path) -> list[ArmSpec]:
 
 
 def suite_arms(name: str, level: Level, results: Path) -> list[ArmSpec]:
-    """A suite's arms, with those that its own choices lead to."""
+    """A suite's arms, with those that its own choices lead to; none of table 4b before all its choices are made."""
     if name == "table4b":
-        return tuned_arms(level, results)
+        return tuned_arms(level, results) or []
     return distinct([*SUITES[name], *chosen_arms(level, results)]) if name == "search" else SUITES[name]
 
 
@@ -192,7 +212,7 @@ def chosen_arms(level: Level, results: Path) -> list[ArmSpec]:
     for ratio in SEARCHED_RATIOS:
         runs = [(arm, lines.get(Job(arm, TUNING_SEED).key(level))) for arm in searched_arms(ratio)]
         known = [(arm, line) for arm, line in runs if line is not None]
-        if known:
+        if len(known) == len(runs):  # nothing is chosen before all have been tried
             size = known[0][1]["parameters"]["blocks"]
             small = [(arm, line) for arm, line in known if line["parameters"]["blocks"] <= size]
             single = [(arm, line) for arm, line in known if len(arm.layers) == 1]
@@ -200,27 +220,30 @@ def chosen_arms(level: Level, results: Path) -> list[ArmSpec]:
     return distinct(arms)
 
 
-def is_tuned(level: Level, results: Path) -> bool:
-    """Whether all runs are there from which table 4b's rates are chosen."""
-    keys = {line["key"] for line in read_lines(results)}
-    return all(Job(arm, TUNING_SEED).key(level) in keys for arm in choice_arms(["table4b"], level))
+def tuning_arms(name: str, level: Level, results: Path) -> list[ArmSpec]:
+    """What an interaction is tried with, the same for each: every saliency at the level's rate, the best at others."""
+    saliencies = saliency_arms(name)
+    best = _best_tried(saliencies, level, results)
+    return distinct([*saliencies, *([] if best is None else rate_arms(best, level))])
 
 
-def tuned_arms(level: Level, results: Path) -> list[ArmSpec]:
-    """Table 4b's arms, each with the learning rate that did best on the validation pages.
-
-    Raises:
-        ValueError: a rate that was not tried yet.
-    """
+def _best_tried(arms: Sequence[ArmSpec], level: Level, results: Path) -> ArmSpec | None:
+    """What did best on the validation pages; None before all of them have been tried."""
     lines = {line["key"]: line for line in read_lines(results)}
+    runs = [(arm, lines.get(Job(arm, TUNING_SEED).key(level))) for arm in arms]
+    known = [(arm, line) for arm, line in runs if line is not None]
+    return max(known, key=lambda run: validation_mean(run[1]))[0] if len(known) == len(runs) else None
+
+
+def tuned_arms(level: Level, results: Path) -> list[ArmSpec] | None:
+    """Table 4b's arms, each with the saliency and then the rate that did best; None before all have been tried."""
     arms = []
-    for name in INTERACTION_NAMES:
-        runs = {arm.lr: lines.get(Job(arm, TUNING_SEED).key(level)) for arm in tuning_arms(name, level)}
-        missing = [rate for rate, line in runs.items() if line is None]
-        if missing:
-            raise ValueError(f"{name}: not tuned yet at {missing} of {list(runs)}")
-        best = max(runs, key=lambda rate: validation_mean(runs[rate] or {}))
-        arms.append(replace(interaction(name), lr=best))
+    for name, title in INTERACTION_NAMES.items():
+        best = _best_tried(saliency_arms(name), level, results)
+        best = best and _best_tried(rate_arms(best, level), level, results)
+        if best is None:
+            return None
+        arms.append(replace(best, name=title))
     return arms
 
 

@@ -28,7 +28,12 @@ class Mean:
     half: float | None
 
     def __str__(self) -> str:
-        return f"{self.value:.1f}" if self.half is None else f"{self.value:.1f} ± {self.half:.1f}"
+        return format(self, "")
+
+    def __format__(self, sign: str) -> str:
+        """With one digit; "+" shows the sign of a gain as well."""
+        value = f"{self.value:{sign}.1f}"
+        return value if self.half is None else f"{value} ± {self.half:.1f}"
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -45,58 +50,55 @@ class Comparison:
     """One arm against another on the same seeds and tasks.
 
     Attributes:
-        difference: Mean of the paired differences, in points.
-        p: Of a two-sided paired t-test over (seed, task); None where all differences are equal.
-        pairs: How many.
+        difference: In points: the mean over tasks, averaged over seeds.
+        p: Of a two-sided paired t-test over seeds; None of a single seed, and where all seeds differ alike.
         margin: Points that the first arm may lose and still be called no worse; the test is against that loss then.
     """
 
-    difference: float
+    difference: Mean
     p: float | None
-    pairs: int
     margin: float = 0.0
 
     @property
     def verdict(self) -> Verdict:
         """Of the claim that the first arm is better, or no worse."""
+        difference = self.difference.value
         if self.p is None:
-            if abs(self.difference) >= _ROUNDING:
+            if self.difference.half is None or abs(difference) >= _ROUNDING:
                 return "undecided"
             return "holds" if self.margin else "does not hold"
         if self.p >= _ALPHA:
             return "undecided"
-        return "holds" if self.difference > -self.margin else "the opposite holds"
+        return "holds" if difference > -self.margin else "the opposite holds"
 
 
-def compared(
-    better: Sequence[Mapping[str, Any]],
-    worse: Sequence[Mapping[str, Any]],
-    tasks: Sequence[str],
-    margin: float | None = None,
-) -> Comparison:
-    """Pairs the runs of two arms by seed and task.
+def compared(better: Lines, worse: Lines, tasks: Sequence[str], margin: float | None = None) -> Comparison:
+    """Pairs the runs of two arms by seed.
+
+    Tasks are averaged first: which ones there are is no matter of chance, and they differ by far more than seeds do.
 
     Args:
         better: Lines of the arm that is claimed to be better.
         worse: Lines of the other.
-        tasks: Which accuracies to pair.
+        tasks: Whose accuracies count.
         margin: Points that the first may lose and still be no worse; None where it has to be better.
 
     Raises:
         ValueError: no seed that both have.
     """
-    ours, theirs = ({line["seed"]: line["test"] for line in lines} for lines in (better, worse))
+    ours, theirs = (
+        {line["seed"]: 100 * statistics.fmean(line["test"][task] for task in tasks) for line in arm}
+        for arm in (better, worse)
+    )
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         raise ValueError(f"seeds {sorted(ours)} and {sorted(theirs)}: expected one that both arms have")
-    one = [100 * ours[seed][task] for seed in seeds for task in tasks]
-    other = [100 * theirs[seed][task] for seed in seeds for task in tasks]
-    differences = [a - b for a, b in zip(one, other, strict=True)]
+    differences = [ours[seed] - theirs[seed] for seed in seeds]
     # Differences that are equal up to rounding have no spread to test against.
     equal = max(differences) - min(differences) < _ROUNDING
     lost = margin or 0.0
     p = None if equal else float(stats.ttest_1samp(differences, -lost).pvalue)
-    return Comparison(statistics.fmean(differences), p, len(differences), lost)
+    return Comparison(mean_of(differences), p, lost)
 
 
 def recovered(lines: Lines, pooled: Lines, whole: Lines, tasks: Sequence[str]) -> Mean | None:

@@ -26,8 +26,23 @@ TUNING_FACTORS = (0.5, 1, 2)
 """Learning rates that an interaction is tried with, relative to the level's."""
 INTERACTION_NAMES = {"global": "global attention", "deformable": "deformable attention", "sela": "SELA"}
 
+PAPER_FACTOR: dict[str, Any] = {"saliency_variant": "logit"}
+BOOST: dict[str, Any] = {"saliency_variant": "boost"}
+SALIENCIES: dict[str, dict[str, Any]] = {
+    "sigmoid": PAPER_FACTOR,
+    "1 + sigmoid": BOOST,
+    "no saliency": {**PAPER_FACTOR, "saliency": None},
+}
+"""The paper's, a factor in (0, 1), what became the default, and none. Arms of which no table says anything else have
+the paper's."""
+
 POOLED = ArmSpec("pooled")
-REMEMBER = ArmSpec("pooled + VR", layers=PAPER_LAYERS)
+REMEMBER = ArmSpec("pooled + VR", layers=PAPER_LAYERS, overrides=PAPER_FACTOR)
+
+
+def changed(name: str, **overrides: Any) -> ArmSpec:
+    """Vision Remember with the paper's saliency and something else than the default."""
+    return replace(REMEMBER, name=name, overrides={**PAPER_FACTOR, **overrides})
 
 
 def pooled(ratio: int) -> ArmSpec:
@@ -40,36 +55,43 @@ def remember(ratio: int) -> ArmSpec:
     return replace(REMEMBER, name=f"pooled 1/{ratio} + VR", ratio=ratio)
 
 
-def interaction(name: str) -> ArmSpec:
-    """Vision Remember with another interaction, everything else as in the default preset."""
-    return replace(REMEMBER, name=INTERACTION_NAMES[name], overrides={} if name == "sela" else {"interaction": name})
+def saliency_arms(interaction: str) -> list[ArmSpec]:
+    """Vision Remember with another interaction and each saliency, everything else as in the default preset."""
+    named = {} if interaction == "sela" else {"interaction": interaction}
+    return [
+        changed(f"{INTERACTION_NAMES[interaction]}, {name}", **saliency, **named)
+        for name, saliency in SALIENCIES.items()
+    ]
+
+
+def rate_arms(arm: ArmSpec, level: Level) -> list[ArmSpec]:
+    """The arm at each learning rate. The level's own goes unsaid, so that the arm is the same as in other tables."""
+    rates = [None if factor == 1 else factor * level.arm.lr for factor in TUNING_FACTORS]
+    return [replace(arm, lr=rate) for rate in rates]
 
 
 def _table2() -> list[ArmSpec]:
     arms = []
     for projector, name in PROJECTOR_NAMES.items():
         arms.append(ArmSpec(name, projector=projector))
-        arms.append(ArmSpec(f"{name} + VR", projector=projector, layers=PAPER_LAYERS))
+        arms.append(replace(REMEMBER, name=f"{name} + VR", projector=projector))
     return arms
 
 
 def _table4a() -> list[ArmSpec]:
     deformable = {"interaction": "deformable", "saliency": None}
-
-    def variant(name: str, **overrides: object) -> ArmSpec:
-        return replace(REMEMBER, name=name, overrides=overrides)
-
     return [
         replace(POOLED, name="baseline (average pool)"),
-        variant("+ resample (deformable, last level)", **deformable, levels=(-1,)),
-        variant("+ multi-level", **deformable),
-        variant("+ SELA"),
-        variant("saliency alone", position="none"),
-        variant("window position alone", saliency=None),
-        variant("neither saliency nor position", saliency=None, position="none"),
-        variant("position learned from near zero", position="learned"),
-        replace(variant("zero gate", zero_init=False), gate=True),
-        variant("ordinary start (no zero output)", zero_init=False),
+        changed("+ resample (deformable, last level)", **deformable, levels=(-1,)),
+        changed("+ multi-level", **deformable),
+        replace(REMEMBER, name="+ SELA"),
+        changed("saliency alone", position="none"),
+        changed("window position alone", saliency=None),
+        changed("neither saliency nor position", saliency=None, position="none"),
+        changed("position learned from near zero", position="learned"),
+        changed("deformable, each head on a cell of its own", **deformable, num_heads=4, num_points=1),
+        replace(changed("zero gate", zero_init=False), gate=True),
+        changed("ordinary start (no zero output)", zero_init=False),
         replace(REMEMBER, name="the paper as printed", preset="paper"),
     ]
 
@@ -85,32 +107,37 @@ def _table5a() -> list[ArmSpec]:
 
 
 def _controls() -> list[ArmSpec]:
+    # A map that says nothing: for every cell the middle of its range, which the average cell has in any case.
+    flat = {"saliency_temperature": 1e6}
     return [
         POOLED,
         replace(REMEMBER, name="pooled + MLP of equal parameters", control="parameters"),
         replace(REMEMBER, name="pooled + MLP of equal compute", control="compute"),
         REMEMBER,
+        changed("pooled + VR, 0.5 for every cell", **flat),
+        changed("pooled + VR, 1.5 for every cell", **flat, **BOOST),
     ]
 
 
 def _rivals() -> list[ArmSpec]:
-    deepstack = replace(REMEMBER, name="DeepStack", overrides={"interaction": "deepstack"})
-    return [*_table5a()[:3], deepstack]
+    deepstack = [
+        changed(f"DeepStack, {name}", **saliency, interaction="deepstack") for name, saliency in SALIENCIES.items()
+    ]
+    return [*_table5a()[:3], *deepstack]
 
 
-_BOOST: dict[str, Any] = {"saliency_variant": "boost"}
 _NINE_HEADS: dict[str, Any] = {"attn_dim": 144, "num_heads": 9}
 _TWO_PER_CELL: dict[str, Any] = {"attn_dim": 288, "num_heads": 18}
 BOOSTED = "saliency that takes nothing away"
 
 
 def _tried(ratio: int, name: str, layers: tuple[int, ...] = PAPER_LAYERS, **overrides: Any) -> ArmSpec:
-    return replace(remember(ratio), name=f"1/{ratio}: {name}", layers=layers, overrides=overrides)
+    return replace(remember(ratio), name=f"1/{ratio}: {name}", layers=layers, overrides={**PAPER_FACTOR, **overrides})
 
 
 def boosted_arms(ratio: int) -> list[ArmSpec]:
     """What became the default, with the paper's places and with one: run at every ratio, whatever is chosen."""
-    return [_tried(ratio, BOOSTED, **_BOOST), _tried(ratio, f"{BOOSTED}, before 1 alone", (1,), **_BOOST)]
+    return [_tried(ratio, BOOSTED, **BOOST), _tried(ratio, f"{BOOSTED}, before 1 alone", (1,), **BOOST)]
 
 
 def searched_arms(ratio: int) -> list[ArmSpec]:
@@ -134,10 +161,10 @@ def searched_arms(ratio: int) -> list[ArmSpec]:
         tried("as in the tables"),
         both,
         single,
-        tried(f"nine heads as wide, {BOOSTED}", **_NINE_HEADS, **_BOOST),
-        tried(f"nine heads as wide, {BOOSTED}, before 1 alone", (1,), **_NINE_HEADS, **_BOOST),
-        tried(f"two heads per cell, {BOOSTED}", **_TWO_PER_CELL, **_BOOST),
-        tried(f"two heads per cell, {BOOSTED}, before 1 alone", (1,), **_TWO_PER_CELL, **_BOOST),
+        tried(f"nine heads as wide, {BOOSTED}", **_NINE_HEADS, **BOOST),
+        tried(f"nine heads as wide, {BOOSTED}, before 1 alone", (1,), **_NINE_HEADS, **BOOST),
+        tried(f"two heads per cell, {BOOSTED}", **_TWO_PER_CELL, **BOOST),
+        tried(f"two heads per cell, {BOOSTED}, before 1 alone", (1,), **_TWO_PER_CELL, **BOOST),
     ]
 
 
@@ -158,7 +185,7 @@ SEARCHED = [arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio)]
 SUITES = {
     "table2": _table2(),
     "table4a": _table4a(),
-    "table4b": [interaction(name) for name in INTERACTION_NAMES],
+    "table4b": [arm for name in INTERACTION_NAMES for arm in saliency_arms(name)],
     "table4c": _table4c(),
     "table5a": _table5a(),
     "controls": _controls(),
@@ -166,17 +193,8 @@ SUITES = {
     "patience": _patience(),
     "search": [*_table5a(), *(arm for ratio in RATIOS for arm in boosted_arms(ratio))],
 }
-"""Arms by suite. Those of table 4b take the learning rate that their own tuning chose; to those of "search" come the
-arms that did best on the validation pages."""
-
-
-def tuning_arms(name: str, level: Level) -> list[ArmSpec]:
-    """The runs from which an interaction's learning rate is chosen: the same rates for each.
-
-    The level's own rate goes unsaid, so that the arm is the same as in other tables.
-    """
-    rates = [None if factor == 1 else factor * level.arm.lr for factor in TUNING_FACTORS]
-    return [replace(interaction(name), lr=rate) for rate in rates]
+"""Arms by suite. Of table 4b each interaction is run with the saliency and the rate that did best on the validation
+pages; to those of "search" come the arms that did best there."""
 
 
 def distinct(arms: Sequence[ArmSpec]) -> list[ArmSpec]:

@@ -8,11 +8,12 @@ from typing import Any
 
 from benchmarks.paper_tables import GROUPS, TABLE_2, TABLE_4, TABLE_5A, group_averages
 
+from .arms import ArmSpec
 from .claims import CLAIMS, DETAIL, Claim
 from .results import Results
-from .runner import Job, choosing_mean, validation_mean
+from .runner import choosing_mean, validation_mean
 from .statistics import compared, mean_of, recovered
-from .suites import INTERACTION_NAMES, RATIOS, SEARCHED, TUNING_FACTORS, TUNING_SEED, tuning_arms
+from .suites import INTERACTION_NAMES, RATIOS, SALIENCIES, SEARCHED, TUNING_FACTORS, rate_arms, saliency_arms
 
 _PAPER_4 = {
     "baseline (average pool)": ("4a", "baseline"),
@@ -49,7 +50,9 @@ def suite_table(results: Results, suite: str) -> list[str]:
         lines = results.by_arm[arm.name]
         if not lines:
             continue
-        name = arm.name if arm.lr is None else f"{arm.name} (rate {arm.lr:g})"
+        name = arm.name
+        if suite == "table4b":
+            name += f" ({saliency_name(arm)}, rate {arm.lr or results.level.arm.lr:g})"
         paper_detail, paper_mean = paper_scores(suite, arm.name)
         groups = [str(results.mean(arm.name, group)) if results.tasks(group) else "–" for group in GROUPS]
         added = f"{lines[0]['parameters']['blocks']:,}"
@@ -92,7 +95,7 @@ def _claim_row(results: Results, claim: Claim) -> list[str]:
     on = f" ({claim.group})" if claim.group else ""
     sides = f"{claim.better} {results.links(claim.better)} − {claim.worse} {results.links(claim.worse)}{on}"
     p = "–" if found.p is None else f"{found.p:.2g}"
-    return [claim.text, claim.where, sides, f"{found.difference:+.1f}", p, found.verdict]
+    return [claim.text, claim.where, sides, f"{found.difference:+}", p, found.verdict]
 
 
 def recovery_rows(results: Results) -> list[str]:
@@ -140,10 +143,9 @@ def task_rows(results: Results) -> list[str]:
 
 def search_rows(results: Results) -> list[str]:
     """Validation accuracy of everything that was tried for the default, on the seed that is for choices."""
-    known = {line["key"]: line for line in results.lines}
     rows = [["tried", f"validation, {DETAIL}", "validation, the other groups, which choose"], ["---"] * 3]
     for arm in SEARCHED:
-        line = known.get(Job(arm, TUNING_SEED).key(results.level))
+        line = results.tried(arm)
         if line is not None:
             last = line["curve"]["validation"][-1]
             detail = f"{100 * statistics.fmean(last[task] for task in results.tasks(DETAIL)):.1f}"
@@ -188,12 +190,18 @@ def stage_rows(results: Results) -> list[str]:
 
 
 def tuning_rows(results: Results) -> list[str]:
-    """Validation accuracy of each interaction at each learning rate."""
-    known = {line["key"]: line for line in results.lines}
+    """Validation accuracy of each interaction with each saliency, and of the best of them at each learning rate."""
     rates = [f"rate {factor * results.level.arm.lr:g}" for factor in TUNING_FACTORS]
-    rows = [["interaction", *rates], ["---"] * (1 + len(rates))]
-    for name in INTERACTION_NAMES:
-        lines = [known.get(Job(arm, TUNING_SEED).key(results.level)) for arm in tuning_arms(name, results.level)]
-        last = ["–" if line is None else results.link(line, f"{100 * validation_mean(line):.1f}") for line in lines]
-        rows.append([INTERACTION_NAMES[name], *last])
+    rows = [["interaction", *SALIENCIES, *rates], ["---"] * (1 + len(SALIENCIES) + len(rates))]
+    for chosen in results.suites["table4b"]:
+        name = next(name for name, title in INTERACTION_NAMES.items() if title == chosen.name)
+        arms = [*saliency_arms(name), *rate_arms(chosen, results.level)]
+        lines = filter(None, map(results.tried, arms))
+        rows.append([chosen.name, *(results.link(line, f"{100 * validation_mean(line):.1f}") for line in lines)])
     return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def saliency_name(arm: ArmSpec) -> str:
+    """Which of `SALIENCIES` an arm has."""
+    own = {field: value for field, value in arm.overrides.items() if field.startswith("saliency")}
+    return next(name for name, saliency in SALIENCIES.items() if saliency == own)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +14,8 @@ from vision_remember.synth.base import Question
 from vision_remember.synth.page import Draw, Sheet
 from vision_remember.synth.scene import TASKS, draw_page
 
-ENOUGH = 16  # arrangements that tell an answer; more change no majority that matters
-MOST_TRIES = 400
+ENOUGH = 128  # sampled arrangements that tell an answer: with 16, a close second won too often
+MOST_TRIES = 1000
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,27 @@ def pooled_groups(grid: int, unit: int, pool: int) -> list[NDArray[np.int64]]:
     return [np.array(group) for group in groups.values() if len(group) > 1]
 
 
+def arrangements(
+    groups: list[NDArray[np.int64]], board: bool, rng: np.random.Generator
+) -> Iterator[list[NDArray[np.int64]]]:
+    """Groups in other orders: at random, or of a board, whose questions ask for one slot, as many as bring each content
+    of a group to each of its slots equally often."""
+    if board or not groups:
+        for shift in range(math.lcm(*map(len, groups))):
+            yield [np.roll(group, shift) for group in groups]
+    else:
+        for _ in range(MOST_TRIES):
+            yield [rng.permutation(group) for group in groups]
+
+
 def rearrange(
-    labels: NDArray[np.int16], unit: int, groups: list[NDArray[np.int64]], rng: np.random.Generator
+    labels: NDArray[np.int16], unit: int, groups: list[NDArray[np.int64]], orders: list[NDArray[np.int64]]
 ) -> NDArray[np.int16]:
-    """A random page with the same bags: slots change places within their groups."""
+    """A page with the same bags: slots change places within their groups."""
     slots = len(labels) // unit
     order = np.arange(slots**2)
-    for group in groups:
-        order[group] = rng.permutation(group)
+    for group, new in zip(groups, orders, strict=True):
+        order[group] = new
     cut = labels.reshape(slots, unit, slots, unit).transpose(0, 2, 1, 3).reshape(slots**2, unit, unit)
     return cut[order].reshape(slots, slots, unit, unit).transpose(0, 2, 1, 3).reshape(labels.shape)
 
@@ -94,9 +109,10 @@ def bag_accuracy(
 ) -> float:
     """Accuracy of the best answer if each pooled cell is only the bag of its cells' contents.
 
-    Pages with the same bags are sampled by moving contents inside pooled cells, and asked again; the most frequent
-    answer counts. Arrangements that do not tell an answer, such as a bar in mid-air, are no pages. Where no sampled
-    arrangement is a page, the true one is the only candidate and counts as right.
+    Pages with the same bags are made by moving contents inside pooled cells, and asked again; the most frequent answer
+    counts, as exact match. Of a board that is exact; of other tasks arrangements are sampled. Those that do not tell an
+    answer, such as a bar in mid-air, are no pages. Where no sampled arrangement is a page, the true one is the only
+    candidate and counts as right.
 
     Args:
         task: an entry of ``TASKS``.
@@ -111,20 +127,20 @@ def bag_accuracy(
     """
     if not 1 <= pool <= grid:
         raise ValueError(f"pool={pool}: a pooled cell is 1 to {grid} cells wide here")
-    rng, solve = np.random.default_rng(seed), TASKS[task].solve
+    rng, solve, board = np.random.default_rng(seed), TASKS[task].solve, TASKS[task].board is not None
     scores = []
     for index in range(scenes):
         page, asked = draw_page(task, index, split="test", level=level, grid=grid)
         groups = pooled_groups(grid, page.unit, pool)
         asked = tuple(Draw("bag", index).shuffled(asked)[:questions])
         votes: list[Counter[str]] = [Counter() for _ in asked]
-        for _ in range(MOST_TRIES if groups else 1):
-            sheet = Sheet(rearrange(page.labels, page.unit, groups, rng), level)
+        for orders in arrangements(groups, board, rng):
+            sheet = Sheet(rearrange(page.labels, page.unit, groups, orders), level)
             for question, vote in zip(asked, votes, strict=True):
                 answer = solve(sheet, question)
                 if answer is not None:
                     vote[answer] += 1
-            if min(sum(vote.values()) for vote in votes) >= ENOUGH:
+            if not board and min(sum(vote.values()) for vote in votes) >= ENOUGH:
                 break
         for question, vote in zip(asked, votes, strict=True):
             best = max(vote.values(), default=0)
