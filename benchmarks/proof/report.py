@@ -18,10 +18,11 @@ WIDER_SUITE = "table5a"
 TITLES = {
     "table2": "Table 2: projectors, without and with Vision Remember",
     "table4a": "Table 4a: components",
-    "table4b": "Table 4b: interactions, each with its own learning rate",
+    "table4b": "Table 4b: interactions, each with its own saliency and learning rate",
     "table4c": "Table 4c: where the blocks stand",
     "table5a": "Table 5a: against no compression, at three ratios",
-    "controls": "Controls: as many parameters, as much compute, a map that says nothing",
+    "controls": "Controls: as many parameters, as much compute",
+    "causes": "Causes: the map or its mean, SELA or its start",
     "search": "Search for a better default: chosen on other tasks and a seed of its own, then run as all others",
     "rivals": "Rivals: features added in place of attention, and tokens pruned without training",
 }

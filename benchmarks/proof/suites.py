@@ -89,7 +89,6 @@ def _table4a() -> list[ArmSpec]:
         changed("window position alone", saliency=None),
         changed("neither saliency nor position", saliency=None, position="none"),
         changed("position learned from near zero", position="learned"),
-        changed("deformable, each head on a cell of its own", **deformable, num_heads=4, num_points=1),
         replace(changed("zero gate", zero_init=False), gate=True),
         changed("ordinary start (no zero output)", zero_init=False),
         replace(REMEMBER, name="the paper as printed", preset="paper"),
@@ -107,15 +106,29 @@ def _table5a() -> list[ArmSpec]:
 
 
 def _controls() -> list[ArmSpec]:
-    # A map that says nothing: for every cell the middle of its range, which the average cell has in any case.
-    flat = {"saliency_temperature": 1e6}
     return [
         POOLED,
         replace(REMEMBER, name="pooled + MLP of equal parameters", control="parameters"),
         replace(REMEMBER, name="pooled + MLP of equal compute", control="compute"),
         REMEMBER,
+    ]
+
+
+def _causes() -> list[ArmSpec]:
+    """Is it the map, or its mean? Is it SELA, or its start?"""
+    # A map that says nothing: for every cell the middle of its range, which the average cell has in any case.
+    flat = {"saliency_temperature": 1e6}
+    bare = {"saliency": None}
+    return [
+        REMEMBER,
         changed("pooled + VR, 0.5 for every cell", **flat),
+        changed("pooled + VR, 1 + sigmoid", **BOOST),
         changed("pooled + VR, 1.5 for every cell", **flat, **BOOST),
+        changed("pooled + VR, no saliency", **bare),
+        changed("deformable, no saliency", interaction="deformable", **bare),
+        changed(
+            "deformable, no saliency, each head on a cell", interaction="deformable", num_heads=4, num_points=1, **bare
+        ),
     ]
 
 
@@ -189,6 +202,7 @@ SUITES = {
     "table4c": _table4c(),
     "table5a": _table5a(),
     "controls": _controls(),
+    "causes": _causes(),
     "rivals": _rivals(),
     "patience": _patience(),
     "search": [*_table5a(), *(arm for ratio in RATIOS for arm in boosted_arms(ratio))],
