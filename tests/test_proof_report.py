@@ -344,18 +344,24 @@ def test_more_steps_stand_beside_the_same_seeds(path: Path, tmp_path: Path) -> N
     level = replace(LEVEL, name="longer", arm=replace(LEVEL.arm, steps=7))
     more = tmp_path / "longer.jsonl"
     arms = SUITES["patience"]
+    both = _spec("no compression")
     lines = [{**line(arm, 1, 0.8), "key": Job(arm, 1).key(level)} for arm in arms[:-1]]
+    lines.append({**line(both, 0, 0.8), "key": Job(both, 0).key(level)})
     more.write_text("".join(json.dumps(one) + "\n" for one in lines))
     stages_file(more).write_text(stages_file(path).read_text())
     longer = Results(more, level)
-    rows = longer_rows(Results(path, LEVEL, seeds=longer.seeds), longer)
+    few = Results(path, LEVEL)
+    few.keep_seeds_of(longer)
+    rows = longer_rows(few, longer)
     assert [cells(row)[0] for row in rows[2:]] == [arm.name for arm in arms[:-1]]
     row = row_of(rows, "pooled 1/4")
-    of_few, of_many = (Results(file, one, seeds=[1]) for file, one in ((path, LEVEL), (more, level)))
+    of_few = {name: Results(path, LEVEL).by_arm[name] for name in ("pooled 1/4", "no compression")}
     assert row[f"{DETAIL}, 3 steps"] == f"{detail_of('pooled 1/4', 1):.1f}"
-    assert row["mean, 3 steps"] == str(of_few.mean("pooled 1/4"))
+    assert row["mean, 3 steps"] == f"{100 * statistics.fmean(of_few['pooled 1/4'][1]['test'].values()):.1f}"
+    assert [one["seed"] for one in few.by_arm["no compression"]] == [0, 1]
+    assert [one["seed"] for one in few.by_arm["pooled 1/4"]] == [1]
     assert float(row[f"{DETAIL}, 7 steps"]) == pytest.approx(80, abs=2.3)
-    assert float(row["mean, 7 steps"]) == pytest.approx(of_many.mean("pooled 1/4").value, abs=0.05)
+    assert float(row["mean, 7 steps"]) == pytest.approx(longer.mean("pooled 1/4").value, abs=0.05)
     assert row["won back, %, 3 steps"] == "–"
     none, bag, mine = (detail_of(name, 1) for name in ("no compression", "pooled 1/4", "pooled 1/4 + VR"))
     share = row_of(rows, "pooled 1/4 + VR")["won back, %, 3 steps"]
@@ -365,7 +371,7 @@ def test_more_steps_stand_beside_the_same_seeds(path: Path, tmp_path: Path) -> N
     assert "lines.jsonl#L" in row["lines, 3 steps"]
     assert "[0]" not in row["lines, 3 steps"]
     page = report.written_part(Results(path, LEVEL), longer)
-    said = f"Level `longer`, seeds [1], {len(lines)} lines; torch 0.0."
+    said = f"Level `longer`, seeds [0, 1], {len(lines)} lines; torch 0.0."
     assert "\n\n".join(["## With 7 steps", said, "\n".join(rows)]) in page
 
 

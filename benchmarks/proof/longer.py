@@ -21,7 +21,7 @@ def longer_rows(few: Results, many: Results) -> list[str]:
     Arms that one of the two has not run are left out.
 
     Args:
-        few: The level of the tables, of the seeds that `many` has.
+        few: The level of the tables, with the seeds that `many` has.
         many: The same with more steps.
     """
     both = (few, many)

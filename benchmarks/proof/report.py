@@ -85,8 +85,10 @@ def written_part(results: Results, longer: Results | None = None, wider: Results
             parts += ["Validation accuracy by learning rate, from which the rates above were chosen:",
                       "\n".join(tuning_rows(results))]  # fmt: skip
     if longer is not None:
-        few = Results(results.path, results.level, seeds=longer.seeds)
+        few = Results(results.path, results.level)
+        few.keep_seeds_of(longer)
         parts += [f"## With {longer.level.arm.steps} steps", where_from(longer), "\n".join(longer_rows(few, longer))]
+        parts += ["\n".join(task_rows(longer))]
     if wider is not None:
         parts += wider_part(wider)
     return "\n\n".join(parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,12 @@ class Results:
     Args:
         path: The file. Suites that it lacks have no lines; table 4b has no arms before all its choices are made.
         level: Its level.
-        seeds: Which lines of arms count; None for all but those of choices.
 
     Raises:
         ValueError: a file without lines.
     """
 
-    def __init__(self, path: Path, level: Level, *, seeds: Sequence[int] | None = None) -> None:
+    def __init__(self, path: Path, level: Level) -> None:
         self.path, self.level = path, level
         self.lines = read_lines(path)
         if not self.lines:
@@ -42,17 +41,21 @@ class Results:
         self.stages: dict[str, Any] = json.loads(stages_file(path).read_text(encoding="utf-8"))
         self.number = {line["key"]: number for number, line in enumerate(self.lines, 1)}
         self.by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        if seeds is None:
-            seeds = sorted({line["seed"] for line in self.lines if line["seed"] < TUNING_SEED})
+        self.seeds = sorted({line["seed"] for line in self.lines if line["seed"] < TUNING_SEED})
         self._known = known = {line["key"]: line for line in self.lines}
         self.suites: dict[str, list[ArmSpec]] = {name: suite_arms(name, level, path) for name in SUITES}
         for arm in (arm for arms in self.suites.values() for arm in arms):
             if arm.name not in self.by_arm:
-                keys = [Job(arm, seed).key(level) for seed in seeds]
+                keys = [Job(arm, seed).key(level) for seed in self.seeds]
                 self.by_arm[arm.name] = [known[key] for key in keys if key in known]
-        self.seeds = seeds
         tasks = task_names(level)
         self.groups = task_groups(tasks)
+
+    def keep_seeds_of(self, other: Results) -> None:
+        """Leaves out the lines of seeds that another level has not run of the same arm."""
+        for name, lines in self.by_arm.items():
+            seeds = {line["seed"] for line in other.by_arm[name]}
+            self.by_arm[name] = [line for line in lines if line["seed"] in seeds]
 
     def tried(self, arm: ArmSpec) -> dict[str, Any] | None:
         """The arm's line of the seed that choices are made with."""

@@ -130,7 +130,9 @@ def task_rows(results: Results) -> list[str]:
         "no compression",
         "pooled 1/4",
         "pooled 1/4 + VR",
+        "1/4: saliency that takes nothing away",
         "pooled + MLP of equal parameters",
+        "saliency alone",
         "the paper as printed",
     ]
     arms = [arm for arm in arms if results.by_arm[arm]]
