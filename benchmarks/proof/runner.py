@@ -207,16 +207,13 @@ def suite_arms(name: str, level: Level, results: Path) -> list[ArmSpec]:
 
 def chosen_arms(level: Level, results: Path) -> list[ArmSpec]:
     """What did best at each ratio, as `choosing_mean` says: of all, of what adds no parameters, of single blocks."""
-    lines = {line["key"]: line for line in read_lines(results)}
     arms: list[ArmSpec] = []
     for ratio in SEARCHED_RATIOS:
-        runs = [(arm, lines.get(Job(arm, TUNING_SEED).key(level))) for arm in searched_arms(ratio)]
-        known = [(arm, line) for arm, line in runs if line is not None]
-        if len(known) == len(runs):  # nothing is chosen before all have been tried
-            size = known[0][1]["parameters"]["blocks"]
-            small = [(arm, line) for arm, line in known if line["parameters"]["blocks"] <= size]
-            single = [(arm, line) for arm, line in known if len(arm.layers) == 1]
-            arms += [max(some, key=lambda run: choosing_mean(run[1]))[0] for some in (known, small, single) if some]
+        if runs := _tried(searched_arms(ratio), level, results):
+            size = runs[0][1]["parameters"]["blocks"]
+            small = [(arm, line) for arm, line in runs if line["parameters"]["blocks"] <= size]
+            single = [(arm, line) for arm, line in runs if len(arm.layers) == 1]
+            arms += [max(some, key=lambda run: choosing_mean(run[1]))[0] for some in (runs, small, single) if some]
     return distinct(arms)
 
 
@@ -229,10 +226,16 @@ def tuning_arms(name: str, level: Level, results: Path) -> list[ArmSpec]:
 
 def _best_tried(arms: Sequence[ArmSpec], level: Level, results: Path) -> ArmSpec | None:
     """What did best on the validation pages; None before all of them have been tried."""
+    runs = _tried(arms, level, results)
+    return max(runs, key=lambda run: validation_mean(run[1]))[0] if runs else None
+
+
+def _tried(arms: Sequence[ArmSpec], level: Level, results: Path) -> list[tuple[ArmSpec, dict[str, Any]]]:
+    """Arms with their lines of `TUNING_SEED`; empty before all of them have been tried."""
     lines = {line["key"]: line for line in read_lines(results)}
     runs = [(arm, lines.get(Job(arm, TUNING_SEED).key(level))) for arm in arms]
     known = [(arm, line) for arm, line in runs if line is not None]
-    return max(known, key=lambda run: validation_mean(run[1]))[0] if len(known) == len(runs) else None
+    return known if len(known) == len(runs) else []
 
 
 def tuned_arms(level: Level, results: Path) -> list[ArmSpec] | None:
