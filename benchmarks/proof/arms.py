@@ -119,7 +119,8 @@ class Arm:
         side, count = math.isqrt(self.tokens), len(index)
         saliency = None if config.saliency is None else features.saliency[config.saliency_center][index].to(device)
         if saliency is not None:  # kept as the variant "logit" at temperature 1
-            saliency = (saliency.logit() / config.saliency_temperature).sigmoid()
+            if config.saliency_temperature != 1:
+                saliency = (saliency.logit() / config.saliency_temperature).sigmoid()
             saliency = 1 + saliency if config.saliency_variant == "boost" else saliency
         memory = VisionMemory(
             tuple(features.level(level, index, device) for level in config.levels),
