@@ -12,11 +12,7 @@ from benchmarks.proof.arms import ArmSpec
 from benchmarks.proof.claims import DETAIL
 from benchmarks.proof.levels import TINY
 from benchmarks.proof.pages import task_groups, task_names
-from benchmarks.proof.runner import (
-    Job,
-    arms_of,
-    stages_file,
-)
+from benchmarks.proof.runner import Job, arms_of, stages_file
 from benchmarks.proof.suites import (
     POOLED,
     SALIENCIES,

@@ -20,21 +20,8 @@ from benchmarks.proof.runner import (
     tuning_arms,
     validation_mean,
 )
-from benchmarks.proof.suites import (
-    INTERACTION_NAMES,
-    REMEMBER,
-    SALIENCIES,
-    SUITES,
-    TUNING_SEED,
-    searched_arms,
-)
-from benchmarks.proof.tables import (
-    claim_rows,
-    saliency_name,
-    search_rows,
-    suite_table,
-    tuning_rows,
-)
+from benchmarks.proof.suites import INTERACTION_NAMES, REMEMBER, SALIENCIES, SUITES, TUNING_SEED, searched_arms
+from benchmarks.proof.tables import claim_rows, saliency_name, search_rows, suite_table, tuning_rows
 from tests.proof_lines import (
     BEST,
     GROUPS,

@@ -15,22 +15,9 @@ from benchmarks.proof.claims import CLAIMS, DETAIL
 from benchmarks.proof.levels import LEVELS
 from benchmarks.proof.longer import longer_rows
 from benchmarks.proof.results import Results
-from benchmarks.proof.runner import (
-    Job,
-    read_lines,
-    stages_file,
-)
-from benchmarks.proof.suites import (
-    SUITES,
-)
-from benchmarks.proof.tables import (
-    claim_rows,
-    paper_scores,
-    pruned_rows,
-    recovery_rows,
-    stage_rows,
-    suite_table,
-)
+from benchmarks.proof.runner import Job, read_lines, stages_file
+from benchmarks.proof.suites import SUITES
+from benchmarks.proof.tables import claim_rows, paper_scores, pruned_rows, recovery_rows, stage_rows, suite_table
 from tests.proof_lines import (
     LEVEL,
     SCORES,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from .arms import ArmSpec
 from .claims import DETAIL
+from .markdown import markdown
 from .statistics import recovered
 from .suites import SUITES, pooled
 
@@ -28,13 +29,13 @@ def longer_rows(few: Results, many: Results) -> list[str]:
     steps = [f"{one.level.arm.steps} steps" for one in both]
     columns = (DETAIL, "won back, %", "mean", "lines")
     header = ["arm", *(f"{column}, {length}" for column in columns for length in steps)]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     for arm in SUITES[SUITE]:
         if all(one.by_arm[arm.name] for one in both):
             details, means = ([str(one.mean(arm.name, group)) for one in both] for group in (DETAIL, None))
             shares = [_won_back(one, arm) for one in both]
             rows.append([arm.name, *details, *shares, *means, *(one.links(arm.name) for one in both)])
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return markdown(header, rows)
 
 
 def _won_back(results: Results, arm: ArmSpec) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .figures import density_figure, forgetting_figure, pareto_figure
-from .levels import CPU, GPU, LEVELS, LONG
+from .levels import CPU, GPU, LEVELS, LONG, Level
 from .longer import longer_rows
 from .results import ROOT, Results
 from .tables import claim_rows, pruned_rows, recovery_rows, search_rows, stage_rows, suite_table, task_rows, tuning_rows
@@ -82,7 +82,7 @@ def written_part(results: Results, longer: Results | None = None, wider: Results
         if suite == "rivals":
             parts += ["\n".join(pruned_rows(results))]
         if suite == "table4b":
-            parts += ["Validation accuracy by learning rate, from which the rates above were chosen:",
+            parts += ["Validation accuracy, by which saliencies and then rates were chosen:",
                       "\n".join(tuning_rows(results))]  # fmt: skip
     if longer is not None:
         few = Results(results.path, results.level)
@@ -106,6 +106,12 @@ def updated(page: str, part: str) -> str:
     return f"{head}{BEGIN}\n\n{part}\n\n{END}{tail}"
 
 
+def _beside(results: Results, level: Level) -> Results | None:
+    """What another level has run, whose file stands beside that of the level cpu."""
+    file = results.path.with_name(f"proof_{level.name}.jsonl")
+    return Results(file, level) if results.level == CPU and file.exists() else None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads the command line and writes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.proof.report", description=__doc__)
@@ -115,11 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     path = options.results or ROOT / "benchmarks" / "results" / f"proof_{options.level}.jsonl"
     results = Results(path, LEVELS[options.level])
-    beside = {level.name: path.with_name(f"proof_{level.name}.jsonl") for level in (LONG, GPU)}
-    longer, wider = (
-        Results(file, LEVELS[name]) if results.level == CPU and file.exists() else None for name, file in beside.items()
-    )
-    part = written_part(results, longer, wider)
+    part = written_part(results, _beside(results, LONG), _beside(results, GPU))
     options.page.write_text(updated(options.page.read_text(encoding="utf-8"), part), encoding="utf-8")
     images = options.page.parent / "images"
     images.mkdir(exist_ok=True)

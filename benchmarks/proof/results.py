@@ -42,12 +42,12 @@ class Results:
         self.number = {line["key"]: number for number, line in enumerate(self.lines, 1)}
         self.by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.seeds = sorted({line["seed"] for line in self.lines if line["seed"] < TUNING_SEED})
-        self._known = known = {line["key"]: line for line in self.lines}
+        self._known = {line["key"]: line for line in self.lines}
         self.suites: dict[str, list[ArmSpec]] = {name: suite_arms(name, level, path) for name in SUITES}
         for arm in (arm for arms in self.suites.values() for arm in arms):
             if arm.name not in self.by_arm:
                 keys = [Job(arm, seed).key(level) for seed in self.seeds]
-                self.by_arm[arm.name] = [known[key] for key in keys if key in known]
+                self.by_arm[arm.name] = [self._known[key] for key in keys if key in self._known]
         tasks = task_names(level)
         self.groups = task_groups(tasks)
 

@@ -10,6 +10,7 @@ from benchmarks.paper_tables import GROUPS, TABLE_2, TABLE_4, TABLE_5A, group_av
 
 from .arms import ArmSpec
 from .claims import CLAIMS, DETAIL, Claim
+from .markdown import markdown
 from .results import Results
 from .runner import choosing_mean, validation_mean
 from .statistics import compared, mean_of, recovered
@@ -45,7 +46,7 @@ def suite_table(results: Results, suite: str) -> list[str]:
         "paper: mean",
         "lines",
     ]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     for arm in results.suites[suite]:
         lines = results.by_arm[arm.name]
         if not lines:
@@ -58,7 +59,7 @@ def suite_table(results: Results, suite: str) -> list[str]:
         added = f"{lines[0]['parameters']['blocks']:,}"
         rows.append([name, str(lines[0]["tokens"]), added, _ratio(results.time(arm.name, "prefill")), *groups,
                      str(results.mean(arm.name)), paper_detail, paper_mean, results.links(arm.name)])  # fmt: skip
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return markdown(header, rows)
 
 
 def _ratio(value: float | None) -> str:
@@ -82,11 +83,11 @@ def paper_scores(suite: str, arm: str) -> tuple[str, str]:
 
 def claim_rows(results: Results, suite: str | None = None) -> list[str]:
     """Each claim, or each that a suite decides: what the paper says, what the runs say."""
-    rows = [["claim", "paper", "compared", "difference, points", "p", "here"], ["---"] * 6]
+    header, rows = ["claim", "paper", "compared", "difference, points", "p", "here"], []
     for claim in (claim for claim in CLAIMS if suite in (None, claim.suite)):
         if results.by_arm[claim.better] and results.by_arm[claim.worse] and results.tasks(claim.group):
             rows.append(_claim_row(results, claim))
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return markdown(header, rows)
 
 
 def _claim_row(results: Results, claim: Claim) -> list[str]:
@@ -109,7 +110,7 @@ def recovery_rows(results: Results) -> list[str]:
         "prefill, to pooled",
         "absorbed",
     ]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     arms = [(f"1/{ratio}", f"pooled 1/{ratio} + VR") for ratio in RATIOS]
     arms += [(arm.name, arm.name) for arm in results.suites["search"] if arm.name.startswith("1/")]
     for title, mine in arms:
@@ -121,7 +122,7 @@ def recovery_rows(results: Results) -> list[str]:
             cells = [str(results.mean(name, DETAIL)) for name in (low, mine, high)]
             ratios = [_ratio(time and base and time / base) for time in times]
             rows.append([title, *cells, str(share or "–"), *ratios])
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return markdown(header, rows)
 
 
 def task_rows(results: Results) -> list[str]:
@@ -136,29 +137,29 @@ def task_rows(results: Results) -> list[str]:
         "the paper as printed",
     ]
     arms = [arm for arm in arms if results.by_arm[arm]]
-    rows = [["task", "group", *arms], ["---"] * (2 + len(arms))]
+    header, rows = ["task", "group", *arms], []
     for task, group in results.groups.items():
         cells = [mean_of([100 * line["test"][task] for line in results.by_arm[arm]]) for arm in arms]
         rows.append([f"`{task}`", group, *map(str, cells)])
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return markdown(header, rows)
 
 
 def search_rows(results: Results) -> list[str]:
     """Validation accuracy of everything that was tried for the default, on the seed that is for choices."""
-    rows = [["tried", f"validation, {DETAIL}", "validation, the other groups, which choose"], ["---"] * 3]
+    header, rows = ["tried", f"validation, {DETAIL}", "validation, the other groups, which choose"], []
     for arm in SEARCHED:
         line = results.tried(arm)
         if line is not None:
             last = line["curve"]["validation"][-1]
             detail = f"{100 * statistics.fmean(last[task] for task in results.tasks(DETAIL)):.1f}"
             rows.append([arm.name, detail, results.link(line, f"{100 * choosing_mean(line):.1f}")])
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return markdown(header, rows)
 
 
 def pruned_rows(results: Results) -> list[str]:
     """The pruners on the arm that was trained without compression, question by question; beside them trained arms."""
-    rows = [["pruner", "tokens, mean over layers", "forward pass, to pooled 1/4", *GROUPS, "mean", "lines"]]
-    rows.append(["---"] * len(rows[0]))
+    header = ["pruner", "tokens, mean over layers", "forward pass, to pooled 1/4", *GROUPS, "mean", "lines"]
+    rows = []
     lines = results.by_arm["no compression"]
     for name in lines[0]["pruned"] if lines else ():
         found = [line["pruned"][name] for line in lines]
@@ -172,7 +173,7 @@ def pruned_rows(results: Results) -> list[str]:
             _pruned_mean(found, list(found[0]["test"])),
             results.links("no compression"),
         ])  # fmt: skip
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return markdown(header, rows)
 
 
 def _pruned_mean(found: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
@@ -183,24 +184,24 @@ def _pruned_mean(found: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> st
 
 def stage_rows(results: Results) -> list[str]:
     """What the decoders read before any arm began, and which ratios were left out for it."""
-    rows = [["tokens of", "look-ups right, one cell a token", "look-ups right, such tokens", "arms"], ["---"] * 4]
+    header, rows = ["tokens of", "look-ups right, one cell a token", "look-ups right, such tokens", "arms"], []
     for side, reads in results.stages["reads"].items():
         run = reads[side] >= results.level.reads_enough
         rows.append([f"{side} x {side} cells", f"{100 * reads['1']:.1f} %", f"{100 * reads[side]:.1f} %",
                      "run" if run else f"left out: below {100 * results.level.reads_enough:.0f} %"])  # fmt: skip
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return markdown(header, rows)
 
 
 def tuning_rows(results: Results) -> list[str]:
     """Validation accuracy of each interaction with each saliency, and of the best of them at each learning rate."""
     rates = [f"rate {factor * results.level.arm.lr:g}" for factor in TUNING_FACTORS]
-    rows = [["interaction", *SALIENCIES, *rates], ["---"] * (1 + len(SALIENCIES) + len(rates))]
+    header, rows = ["interaction", *SALIENCIES, *rates], []
     for chosen in results.suites["table4b"]:
         name = next(name for name, title in INTERACTION_NAMES.items() if title == chosen.name)
         arms = [*saliency_arms(name), *rate_arms(chosen, results.level)]
         lines = filter(None, map(results.tried, arms))
         rows.append([chosen.name, *(results.link(line, f"{100 * validation_mean(line):.1f}") for line in lines)])
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return markdown(header, rows)
 
 
 def saliency_name(arm: ArmSpec) -> str:
