@@ -172,10 +172,13 @@ def test_the_papers_geometry_has_tables_of_what_has_ended(path: Path, tmp_path: 
     assert part.startswith(f"Level `wider`, seeds [0, 1], {len(lines)} lines; torch 0.0.\n\nIn the last steps ")
     assert "the encoder named 98.0 % of" in part
     rows = [row for row in part.splitlines() if row.startswith("| ")]
-    claims = [claim for claim in CLAIMS if claim.suite == "table5a" and (whole or claim.better != "no compression")]
+    run = {arm.name for suite in SUITES.values() for arm in suite if arm.recipe() in [one.recipe() for one in arms]}
+    claims = [claim for claim in CLAIMS if {claim.better, claim.worse} <= run]
     assert [cells(row)[0] for row in rows if "wider.jsonl#L" in row and " − " in row] == [c.text for c in claims]
     assert f"| pooled 1/4 + VR | 36 | 1,234,567 | – | {wider.mean('pooled 1/4 + VR', 'General')} |" in part
     assert ("won back" in part) == whole
+    assert ("| FastV 1/4 |" in part) == whole
+    assert "| pooled + VR | 36 |" in part  # of the causes
     assert all(f"| `{task}` |" in part for task in TASKS)
 
 

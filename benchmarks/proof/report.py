@@ -13,7 +13,7 @@ from .results import ROOT, Results
 from .tables import claim_rows, pruned_rows, recovery_rows, search_rows, stage_rows, suite_table, task_rows, tuning_rows
 
 BEGIN, END = "<!-- Written by benchmarks/proof/report.py; do not edit by hand. -->", "<!-- End of the written part. -->"
-WIDER_SUITE = "table5a"
+WIDER_SUITES = ("table5a", "causes")
 """What the level of the paper's geometry is run for."""
 TITLES = {
     "table2": "Table 2: projectors, without and with Vision Remember",
@@ -46,8 +46,9 @@ def before_the_arms(results: Results) -> list[str]:
 
 
 def wider_part(wider: Results) -> list[str]:
-    """The level of the paper's geometry, with the tables of its one suite."""
-    tables = [claim_rows(wider, WIDER_SUITE), recovery_rows(wider), suite_table(wider, WIDER_SUITE), task_rows(wider)]
+    """The level of the paper's geometry, with the tables of its own suites."""
+    suites = [suite_table(wider, suite) for suite in WIDER_SUITES]
+    tables = [claim_rows(wider), recovery_rows(wider), task_rows(wider), *suites, pruned_rows(wider)]
     return [
         "## At the paper's geometry",
         where_from(wider),

@@ -81,10 +81,10 @@ def paper_scores(suite: str, arm: str) -> tuple[str, str]:
     return "–", "–"
 
 
-def claim_rows(results: Results, suite: str | None = None) -> list[str]:
-    """Each claim, or each that a suite decides: what the paper says, what the runs say."""
+def claim_rows(results: Results) -> list[str]:
+    """Each claim whose arms were run: what the paper says, what the runs say."""
     header, rows = ["claim", "paper", "compared", "difference, points", "p", "here"], []
-    for claim in (claim for claim in CLAIMS if suite in (None, claim.suite)):
+    for claim in CLAIMS:
         if results.by_arm[claim.better] and results.by_arm[claim.worse] and results.tasks(claim.group):
             rows.append(_claim_row(results, claim))
     return markdown(header, rows)
