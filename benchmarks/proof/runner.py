@@ -8,10 +8,9 @@ import math
 import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from .suites import (
     searched_arms,
 )
 from .train import World, run
+from .workers import workers
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def run_suites(
         raise ValueError(f"ratios {list(ratios)}: expected one that an arm of {', '.join(names)} has")
     results.parent.mkdir(parents=True, exist_ok=True)
     workshop = Workshop(level, folder)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with workers(jobs) as pool:
 
         def run(sides: Sequence[int]) -> None:
             reads = note_stages(workshop, sides, stages_file(results))

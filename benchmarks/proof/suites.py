@@ -87,11 +87,8 @@ def _table4a() -> list[ArmSpec]:
         replace(REMEMBER, name="+ SELA"),
         changed("saliency alone", position="none"),
         changed("window position alone", saliency=None),
-        changed("neither saliency nor position", saliency=None, position="none"),
-        changed("position learned from near zero", position="learned"),
         replace(changed("zero gate", zero_init=False), gate=True),
         changed("ordinary start (no zero output)", zero_init=False),
-        replace(REMEMBER, name="the paper as printed", preset="paper"),
     ]
 
 
@@ -114,6 +111,15 @@ def _controls() -> list[ArmSpec]:
     ]
 
 
+def _without_start() -> list[ArmSpec]:
+    """Arms whose heads tell no cell apart at first, besides those of table 4a."""
+    return [
+        changed("neither saliency nor position", saliency=None, position="none"),
+        changed("position learned from near zero", position="learned"),
+        replace(REMEMBER, name="the paper as printed", preset="paper"),
+    ]
+
+
 def _causes() -> list[ArmSpec]:
     """Is it the map, or its mean? Is it SELA, or its start?"""
     # A map that says nothing: for every cell the middle of its range, which the average cell has in any case.
@@ -125,6 +131,7 @@ def _causes() -> list[ArmSpec]:
         changed("pooled + VR, 1 + sigmoid", **BOOST),
         changed("pooled + VR, 1.5 for every cell", **flat, **BOOST),
         changed("pooled + VR, no saliency", **bare),
+        *_without_start(),
         changed("deformable, no saliency", interaction="deformable", **bare),
         changed(
             "deformable, no saliency, each head on a cell", interaction="deformable", num_heads=4, num_points=1, **bare
@@ -183,13 +190,13 @@ def searched_arms(ratio: int) -> list[ArmSpec]:
 
 def _patience() -> list[ArmSpec]:
     """Arms that stay behind, and what they stay behind of."""
-    late = ("saliency alone", "neither saliency nor position", "position learned from near zero", "zero gate")
-    slow = [arm for arm in _table4a() if arm.name in (*late, "the paper as printed")]
+    late = [arm for arm in _table4a() if arm.name in ("saliency alone", "zero gate")]
     none = _table5a()[0]
     return [
         none,
         remember(RATIOS[0]),
-        *slow,
+        *late,
+        *_without_start(),
         *(arm for ratio in RATIOS for arm in (pooled(ratio), *boosted_arms(ratio))),
     ]
 
