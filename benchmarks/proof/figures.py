@@ -12,13 +12,19 @@ from examples.demo.figures import STYLE
 
 from .arms import ArmSpec
 from .claims import DETAIL
+from .suites import RATIOS
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from .results import Results
 
-DENSITY_ARMS = ("no compression", "pooled 1/4", "pooled 1/9", "pooled 1/16", "pooled 1/4 + VR")
+DENSITY_PANELS = {
+    "without blocks": ("no compression", *(f"pooled 1/{ratio}" for ratio in RATIOS)),
+    "with blocks": tuple(f"pooled 1/{ratio} + VR" for ratio in RATIOS),
+}
+CURVE_ARMS = ("no compression", "1/4: saliency that takes nothing away", "pooled 1/4 + VR", "pooled 1/4")
 LABELLED_PRUNERS = ("FastV 1/4", "VisionZip 1/4", "SparseVLM")
-FORGETTING_ARMS = ("pooled 1/4", "pooled 1/4 + VR")
 HIGHLIGHTED = {
     "no compression": (5, 4),
     "pooled 1/4": (-6, 8),
@@ -46,7 +52,7 @@ def pareto_figure(results: Results) -> Figure:
             y, shown = results.mean(name, DETAIL), name in HIGHLIGHTED
             remembers = any(spec.layers and not spec.control for spec in specs[name])
             colour = "#0b7a75" if remembers else "#9aa5b1"
-            axes.errorbar(x, y.value, yerr=None, fmt="o", color=colour, markersize=6 if shown else 4)
+            axes.errorbar(x, y.value, yerr=y.half, fmt="o", color=colour, markersize=6 if shown else 4)
             if shown:
                 place = HIGHLIGHTED[name]
                 axes.annotate(name, (x, y.value), xytext=place, textcoords="offset points", fontsize=8)
@@ -72,38 +78,68 @@ def pareto_figure(results: Results) -> Figure:
         return figure
 
 
-def density_figure(results: Results) -> Figure:
-    """Attention density of vision tokens by decoder layer (eq. 1)."""
+def curves_figure(results: Results) -> Figure:
+    """Validation accuracy while arms train, mean over seeds and all that they span."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
         axes = figure.subplots()
-        for name in DENSITY_ARMS:
-            curves = [line["inside"]["density"] for line in results.by_arm[name]]
-            if curves:
-                mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-                axes.plot(range(len(mean)), mean, marker="o", markersize=3, label=name)
-        axes.axhline(1, color="#9aa5b1", linewidth=0.8, linestyle=":")
-        axes.set(xlabel="decoder layer", ylabel="attention density", title="Who looks at vision tokens, layer by layer")
+        for name in CURVE_ARMS:
+            curves, tasks = [line["curve"] for line in results.by_arm[name]], results.tasks(DETAIL)
+            if curves and tasks:
+                steps = curves[0]["steps"]
+                runs = [[100 * statistics.fmean(at[t] for t in tasks) for at in one["validation"]] for one in curves]
+                points = list(zip(*runs, strict=True))
+                means = [statistics.fmean(at) for at in points]
+                (drawn,) = axes.plot(steps, means, marker="o", markersize=3, label=name)
+                lowest, highest = [min(at) for at in points], [max(at) for at in points]
+                axes.fill_between(steps, lowest, highest, color=drawn.get_color(), alpha=0.2, linewidth=0)
+        axes.set(xlabel="step", ylabel=f"{DETAIL}, validation accuracy in %", title="How soon it is learned")
         axes.legend()
+        return figure
+
+
+def density_figure(results: Results) -> Figure:
+    """Attention density of vision tokens by decoder layer (eq. 1), at each ratio."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+        panels = figure.subplots(1, len(DENSITY_PANELS), sharey=True)
+        for axes, (title, names) in zip(panels, DENSITY_PANELS.items(), strict=True):
+            for name in names:
+                curves = [line["inside"]["density"] for line in results.by_arm[name]]
+                if curves:
+                    mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+                    axes.plot(range(len(mean)), mean, marker="o", markersize=3, label=name)
+            axes.axhline(1, color="#9aa5b1", linewidth=0.8, linestyle=":")
+            axes.set(xlabel="decoder layer", title=f"Who looks at vision tokens, {title}")
+            axes.legend()
+        panels[0].set_ylabel("attention density")
         return figure
 
 
 def forgetting_figure(results: Results) -> Figure:
-    """What a linear probe reads off the vision tokens in front of each layer."""
+    """What a linear probe reads off the vision tokens in front of each layer, at each ratio that was run."""
+    ratios = [ratio for ratio in RATIOS if results.by_arm[f"pooled 1/{ratio}"]]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-        axes = figure.subplots()
-        for name in FORGETTING_ARMS:
-            found = [line["inside"]["forgetting"] for line in results.by_arm[name] if "forgetting" in line["inside"]]
-            for key, style in (("remembered", "-"), ("plain", "--")):
-                curves = [one[key] for one in found if key in one]
-                if curves:
-                    mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-                    label = f"{name}, blocks {'on' if key == 'remembered' else 'off'}"
-                    axes.plot(range(len(mean)), mean, style, marker="o", markersize=3, label=label)
-            if found:
-                axes.axhline(found[0]["commonest"], color="#9aa5b1", linewidth=0.8, linestyle=":")
-        axes.set(xlabel="in front of decoder layer", ylabel="probe accuracy",
-                 title="What vision tokens still know of their first cell")  # fmt: skip
-        axes.legend()
+        figure = Figure(figsize=(3.2 * max(2, len(ratios)), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(ratios), sharey=True, squeeze=False)[0]
+        for axes, ratio in zip(panels, ratios, strict=True):
+            _forgetting(axes, results, ratio)
+        panels[0].set_ylabel("probe accuracy: the first cell")
+        panels[0].legend()
         return figure
+
+
+def _forgetting(axes: Axes, results: Results, ratio: int) -> None:
+    pooled, ours = f"pooled 1/{ratio}", f"pooled 1/{ratio} + VR"
+    for name, key, style, label in (
+        (pooled, "plain", ":", "pooled"),
+        (ours, "plain", "--", "with blocks, switched off"),
+        (ours, "remembered", "-", "with blocks"),
+    ):
+        curves = [line["inside"]["forgetting"][key] for line in results.by_arm[name] if "inside" in line]
+        if curves:
+            mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+            axes.plot(range(len(mean)), mean, style, marker="o", markersize=3, label=label)
+    commonest = results.by_arm[pooled][0]["inside"]["forgetting"]["commonest"]
+    axes.axhline(commonest, color="#9aa5b1", linewidth=0.8, label="the commonest label")
+    axes.set(xlabel="in front of decoder layer", title=f"What tokens know, 1/{ratio}")

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .figures import density_figure, forgetting_figure, pareto_figure
+from .figures import curves_figure, density_figure, forgetting_figure, pareto_figure
 from .levels import CPU, GPU, LEVELS, LONG, Level
 from .longer import longer_rows
 from .results import ROOT, Results
@@ -122,15 +122,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     path = options.results or ROOT / "benchmarks" / "results" / f"proof_{options.level}.jsonl"
     results = Results(path, LEVELS[options.level])
-    part = written_part(results, _beside(results, LONG), _beside(results, GPU))
+    wider = _beside(results, GPU)
+    part = written_part(results, _beside(results, LONG), wider)
     options.page.write_text(updated(options.page.read_text(encoding="utf-8"), part), encoding="utf-8")
     images = options.page.parent / "images"
     images.mkdir(exist_ok=True)
-    for name, figure in (
-        ("proof_pareto", pareto_figure(results)),
-        ("proof_density", density_figure(results)),
-        ("proof_forgetting", forgetting_figure(results)),
-    ):
+    figures = {
+        "proof_pareto": pareto_figure(results),
+        "proof_curves": curves_figure(results),
+        "proof_density": density_figure(results),
+        "proof_forgetting": forgetting_figure(results),
+    }
+    if wider is not None:
+        figures |= {"proof_gpu_density": density_figure(wider), "proof_gpu_forgetting": forgetting_figure(wider)}
+    for name, figure in figures.items():
         figure.savefig(images / f"{name}.png", dpi=130)
 
 

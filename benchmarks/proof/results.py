@@ -61,9 +61,9 @@ class Results:
         """The arm's line of the seed that choices are made with."""
         return self._known.get(Job(arm, TUNING_SEED).key(self.level))
 
-    def tasks(self, group: str | None = None) -> list[str]:
-        """The tasks of a group, or all."""
-        return [task for task, of in self.groups.items() if group in (None, of)]
+    def tasks(self, which: str | None = None) -> list[str]:
+        """The tasks of a group, a task alone, or all."""
+        return [task for task, group in self.groups.items() if which in (None, group, task)]
 
     def mean(self, arm: str, group: str | None = None) -> Mean:
         """Mean accuracy in per cent over seeds, of the mean over tasks."""

@@ -42,7 +42,7 @@ def suite_table(results: Results, suite: str) -> list[str]:
         "prefill",
         *GROUPS,
         "mean",
-        "paper: OCR & Chart",
+        f"paper: {', '.join(GROUPS)}",
         "paper: mean",
         "lines",
     ]
@@ -54,11 +54,10 @@ def suite_table(results: Results, suite: str) -> list[str]:
         name = arm.name
         if suite == "table4b":
             name += f" ({saliency_name(arm)}, rate {arm.lr or results.level.arm.lr:g})"
-        paper_detail, paper_mean = paper_scores(suite, arm.name)
         groups = [str(results.mean(arm.name, group)) if results.tasks(group) else "–" for group in GROUPS]
         added = f"{lines[0]['parameters']['blocks']:,}"
         rows.append([name, str(lines[0]["tokens"]), added, _ratio(results.time(arm.name, "prefill")), *groups,
-                     str(results.mean(arm.name)), paper_detail, paper_mean, results.links(arm.name)])  # fmt: skip
+                     str(results.mean(arm.name)), *paper_scores(suite, arm.name), results.links(arm.name)])  # fmt: skip
     return markdown(header, rows)
 
 
@@ -67,33 +66,37 @@ def _ratio(value: float | None) -> str:
 
 
 def paper_scores(suite: str, arm: str) -> tuple[str, str]:
-    """What the paper prints for an arm: OCR & Chart and the mean; "–" where it prints nothing."""
+    """What the paper prints for an arm: the groups and the mean; "–" where it prints nothing."""
     if suite in ("table4a", "table4b", "table4c") and arm in _PAPER_4:
         row = next(row for row in TABLE_4 if (row.table, row.label) == _PAPER_4[arm])
-        return f"{row.groups[DETAIL]:.1f}", f"{row.average:.1f}"
+        return _listed(row.groups), f"{row.average:.1f}"
     plain = arm.removesuffix(" + VR")
     if suite == "table2" and plain in _PAPER_2:
         printed = next(row for row in TABLE_2 if row.label == _PAPER_2[plain] and row.remember == (plain != arm))
-        return f"{group_averages(printed.scores)[DETAIL]:.1f}", f"{printed.average:.1f}"
+        return _listed(group_averages(printed.scores)), f"{printed.average:.1f}"
     if suite == "table5a" and arm in _PAPER_5A:
         budget = next(row for row in TABLE_5A if row.label == _PAPER_5A[arm])
         return "–", f"{budget.average:.1f}"
     return "–", "–"
 
 
+def _listed(groups: Mapping[str, float]) -> str:
+    return ", ".join(f"{groups[group]:.1f}" if group in groups else "–" for group in GROUPS)
+
+
 def claim_rows(results: Results) -> list[str]:
     """Each claim whose arms were run: what the paper says, what the runs say."""
     header, rows = ["claim", "paper", "compared", "difference, points", "p", "here"], []
     for claim in CLAIMS:
-        if results.by_arm[claim.better] and results.by_arm[claim.worse] and results.tasks(claim.group):
+        if results.by_arm[claim.better] and results.by_arm[claim.worse] and results.tasks(claim.on):
             rows.append(_claim_row(results, claim))
     return markdown(header, rows)
 
 
 def _claim_row(results: Results, claim: Claim) -> list[str]:
     better, worse = results.by_arm[claim.better], results.by_arm[claim.worse]
-    found = compared(better, worse, results.tasks(claim.group), claim.margin)
-    on = f" ({claim.group})" if claim.group else ""
+    found = compared(better, worse, results.tasks(claim.on), claim.margin)
+    on = f" ({claim.on})" if claim.on else ""
     sides = f"{claim.better} {results.links(claim.better)} − {claim.worse} {results.links(claim.worse)}{on}"
     p = "–" if found.p is None else f"{found.p:.2g}"
     return [claim.text, claim.where, sides, f"{found.difference:+}", p, found.verdict]
