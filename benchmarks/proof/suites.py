@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -176,6 +176,7 @@ def searched_arms(ratio: int) -> list[ArmSpec]:
             tried("no saliency, wider", saliency=None, attn_dim=256, num_heads=16),
             tried("blocks before 1, 2", (1, 2)),
             single,
+            *_other_keys(tried),
         ]
     return [
         tried("as in the tables"),
@@ -185,6 +186,15 @@ def searched_arms(ratio: int) -> list[ArmSpec]:
         tried(f"nine heads as wide, {BOOSTED}, before 1 alone", (1,), **_NINE_HEADS, **BOOST),
         tried(f"two heads per cell, {BOOSTED}", **_TWO_PER_CELL, **BOOST),
         tried(f"two heads per cell, {BOOSTED}, before 1 alone", (1,), **_TWO_PER_CELL, **BOOST),
+        *_other_keys(tried),
+    ]
+
+
+def _other_keys(tried: Callable[..., ArmSpec]) -> list[ArmSpec]:
+    """Attention to each level of a cell by itself, and to the cells of four tokens."""
+    return [
+        tried(f"levels apart, {BOOSTED}", fusion="tokens", **BOOST),
+        tried(f"regions of four tokens, {BOOSTED}", window=2, **BOOST),
     ]
 
 
