@@ -64,7 +64,7 @@ CLAIMS = (
         margin=1.0,
     ),
     Claim(
-        "With saliency that takes nothing away too",
+        "With saliency that takes nothing away it comes within a point",
         "not in the paper",
         "1/4: saliency that takes nothing away",
         "no compression",

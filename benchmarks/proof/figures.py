@@ -94,7 +94,7 @@ def curves_figure(results: Results) -> Figure:
                 lowest, highest = [min(at) for at in points], [max(at) for at in points]
                 axes.fill_between(steps, lowest, highest, color=drawn.get_color(), alpha=0.2, linewidth=0)
         axes.set(xlabel="step", ylabel=f"{DETAIL}, validation accuracy in %", title="How soon it is learned")
-        axes.legend()
+        _legend(axes)
         return figure
 
 
@@ -111,21 +111,21 @@ def density_figure(results: Results) -> Figure:
                     axes.plot(range(len(mean)), mean, marker="o", markersize=3, label=name)
             axes.axhline(1, color="#9aa5b1", linewidth=0.8, linestyle=":")
             axes.set(xlabel="decoder layer", title=f"Who looks at vision tokens, {title}")
-            axes.legend()
+            _legend(axes)
         panels[0].set_ylabel("attention density")
         return figure
 
 
 def forgetting_figure(results: Results) -> Figure:
     """What a linear probe reads off the vision tokens in front of each layer, at each ratio that was run."""
-    ratios = [ratio for ratio in RATIOS if results.by_arm[f"pooled 1/{ratio}"]]
+    ratios = [ratio for ratio in RATIOS if results.by_arm[f"pooled 1/{ratio}"]] or RATIOS[:1]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.2 * max(2, len(ratios)), 3.6), layout="constrained")
         panels = figure.subplots(1, len(ratios), sharey=True, squeeze=False)[0]
         for axes, ratio in zip(panels, ratios, strict=True):
             _forgetting(axes, results, ratio)
         panels[0].set_ylabel("probe accuracy: the first cell")
-        panels[0].legend()
+        _legend(panels[0])
         return figure
 
 
@@ -136,10 +136,17 @@ def _forgetting(axes: Axes, results: Results, ratio: int) -> None:
         (ours, "plain", "--", "with blocks, switched off"),
         (ours, "remembered", "-", "with blocks"),
     ):
-        curves = [line["inside"]["forgetting"][key] for line in results.by_arm[name] if "inside" in line]
+        curves = [line["inside"]["forgetting"][key] for line in results.by_arm[name]]
         if curves:
             mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
             axes.plot(range(len(mean)), mean, style, marker="o", markersize=3, label=label)
-    commonest = results.by_arm[pooled][0]["inside"]["forgetting"]["commonest"]
-    axes.axhline(commonest, color="#9aa5b1", linewidth=0.8, label="the commonest label")
+    for line in results.by_arm[pooled][:1]:
+        commonest = line["inside"]["forgetting"]["commonest"]
+        axes.axhline(commonest, color="#9aa5b1", linewidth=0.8, label="the commonest label")
     axes.set(xlabel="in front of decoder layer", title=f"What tokens know, 1/{ratio}")
+
+
+def _legend(axes: Axes) -> None:
+    """A legend, where anything was drawn."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
