@@ -18,13 +18,8 @@ from tests.proof_lines import LEVEL, SCORES, line, spec_of, write_lines
 FIGURES = (pareto_figure, curves_figure, density_figure, forgetting_figure)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return write_lines(tmp_path)
-
-
-def test_every_ratio_has_a_panel(path: Path) -> None:
-    found = Results(path, LEVEL)
+def test_every_ratio_has_a_panel(tmp_path: Path) -> None:
+    found = Results(write_lines(tmp_path), LEVEL)
     for run in found.by_arm["pooled 1/9 + VR"]:
         run["inside"]["forgetting"]["remembered"] = [0.7] * 9
         run["inside"]["density"] = [0.2] * 8
@@ -39,8 +34,8 @@ def test_every_ratio_has_a_panel(path: Path) -> None:
     assert [series.get_ydata()[0] for series in ours.lines] == [1.0, pytest.approx(0.2), 1.0, 1.0]
 
 
-def test_a_curve_is_the_mean_of_its_seeds_in_their_span(path: Path) -> None:
-    found = Results(path, LEVEL)
+def test_a_curve_is_the_mean_of_its_seeds_in_their_span(tmp_path: Path) -> None:
+    found = Results(write_lines(tmp_path), LEVEL)
     for run, accuracy in zip(found.by_arm["pooled 1/4"], (0.1, 0.4), strict=True):
         run["curve"] = {"steps": [5, 9], "validation": [dict.fromkeys(run["test"], value) for value in (0, accuracy)]}
     (axes,) = curves_figure(found).axes
@@ -53,18 +48,17 @@ def test_a_curve_is_the_mean_of_its_seeds_in_their_span(path: Path) -> None:
 
 @pytest.mark.parametrize("draw", FIGURES)
 @pytest.mark.parametrize("arm", ["no compression", "pooled 1/4"])
-def test_a_figure_is_drawn_of_what_has_ended(path: Path, tmp_path: Path, arm: str, draw: object) -> None:
+def test_a_figure_is_drawn_of_what_has_ended(tmp_path: Path, arm: str, draw: object) -> None:
     file = tmp_path / "few.jsonl"
     file.write_text(json.dumps(line(spec_of(arm), 0, 0.5)) + "\n")
-    stages_file(file).write_text(stages_file(path).read_text())
+    stages_file(file).write_text(stages_file(write_lines(tmp_path)).read_text())
     assert callable(draw)
     draw(Results(file, LEVEL)).savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
-def test_the_papers_geometry_has_figures_of_its_own(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_papers_geometry_has_figures_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_lines(tmp_path)
     monkeypatch.setattr(report, "CPU", LEVEL)
     monkeypatch.setitem(LEVELS, LEVEL.name, LEVEL)
     wide = replace(LEVEL, name="wide", check_every=7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
@@ -105,10 +106,7 @@ def density_figure(results: Results) -> Figure:
         panels = figure.subplots(1, len(DENSITY_PANELS), sharey=True)
         for axes, (title, names) in zip(panels, DENSITY_PANELS.items(), strict=True):
             for name in names:
-                curves = [line["inside"]["density"] for line in results.by_arm[name]]
-                if curves:
-                    mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-                    axes.plot(range(len(mean)), mean, marker="o", markersize=3, label=name)
+                _by_layer(axes, [line["inside"]["density"] for line in results.by_arm[name]], name)
             axes.axhline(1, color="#9aa5b1", linewidth=0.8, linestyle=":")
             axes.set(xlabel="decoder layer", title=f"Who looks at vision tokens, {title}")
             _legend(axes)
@@ -136,14 +134,18 @@ def _forgetting(axes: Axes, results: Results, ratio: int) -> None:
         (ours, "plain", "--", "with blocks, switched off"),
         (ours, "remembered", "-", "with blocks"),
     ):
-        curves = [line["inside"]["forgetting"][key] for line in results.by_arm[name]]
-        if curves:
-            mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-            axes.plot(range(len(mean)), mean, style, marker="o", markersize=3, label=label)
+        _by_layer(axes, [line["inside"]["forgetting"][key] for line in results.by_arm[name]], label, style)
     for line in results.by_arm[pooled][:1]:
         commonest = line["inside"]["forgetting"]["commonest"]
         axes.axhline(commonest, color="#9aa5b1", linewidth=0.8, label="the commonest label")
     axes.set(xlabel="in front of decoder layer", title=f"What tokens know, 1/{ratio}")
+
+
+def _by_layer(axes: Axes, curves: Sequence[Sequence[float]], label: str, style: str = "-") -> None:
+    """The mean over runs, layer by layer; nothing without runs."""
+    if curves:
+        mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+        axes.plot(range(len(mean)), mean, style, marker="o", markersize=3, label=label)
 
 
 def _legend(axes: Axes) -> None:
