@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.proof.arms import ArmSpec
 from benchmarks.proof.claims import DETAIL
-from benchmarks.proof.levels import TINY
+from benchmarks.proof.levels import TINY, Level
 from benchmarks.proof.pages import task_groups, task_names
 from benchmarks.proof.runner import Job, arms_of, stages_file
 from benchmarks.proof.suites import (
@@ -98,6 +99,13 @@ def write_lines(tmp_path: Path) -> Path:
         lines += [line(arm, seed, SCORES[known] if known else 0.3) for seed in SEEDS]
     file.write_text("".join(json.dumps(one) + "\n" for one in lines))
     return file
+
+
+def write_runs(file: Path, level: Level, arms: Sequence[ArmSpec], seeds: Sequence[int], stages: Path) -> None:
+    """A file with runs of some arms of `SCORES` at a level, and with the stages of another file."""
+    lines = [{**line(arm, seed, SCORES[arm.name]), "key": Job(arm, seed).key(level)} for arm in arms for seed in seeds]
+    file.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    stages_file(file).write_text(stages_file(stages).read_text())
 
 
 def spec_of(name: str) -> ArmSpec:

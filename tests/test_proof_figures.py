@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +11,7 @@ from benchmarks.proof import report
 from benchmarks.proof.figures import curves_figure, density_figure, forgetting_figure, pareto_figure
 from benchmarks.proof.levels import LEVELS
 from benchmarks.proof.results import Results
-from benchmarks.proof.runner import Job, stages_file
-from tests.proof_lines import LEVEL, SCORES, line, spec_of, write_lines
+from tests.proof_lines import LEVEL, SCORES, spec_of, write_lines, write_runs
 
 FIGURES = (pareto_figure, curves_figure, density_figure, forgetting_figure)
 
@@ -50,8 +48,7 @@ def test_a_curve_is_the_mean_of_its_seeds_in_their_span(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arm", ["no compression", "pooled 1/4"])
 def test_a_figure_is_drawn_of_what_has_ended(tmp_path: Path, arm: str, draw: object) -> None:
     file = tmp_path / "few.jsonl"
-    file.write_text(json.dumps(line(spec_of(arm), 0, 0.5)) + "\n")
-    stages_file(file).write_text(stages_file(write_lines(tmp_path)).read_text())
+    write_runs(file, LEVEL, [spec_of(arm)], [0], write_lines(tmp_path))
     assert callable(draw)
     draw(Results(file, LEVEL)).savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
@@ -63,10 +60,7 @@ def test_the_papers_geometry_has_figures_of_its_own(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(LEVELS, LEVEL.name, LEVEL)
     wide = replace(LEVEL, name="wide", check_every=7)
     monkeypatch.setattr(report, "GPU", wide)
-    file = tmp_path / "proof_wide.jsonl"
-    lines = [{**line(spec_of(name), 0, SCORES[name]), "key": Job(spec_of(name), 0).key(wide)} for name in SCORES]
-    file.write_text("".join(json.dumps(one) + "\n" for one in lines))
-    stages_file(file).write_text(stages_file(path).read_text())
+    write_runs(tmp_path / "proof_wide.jsonl", wide, [spec_of(name) for name in SCORES], [0], path)
     page = tmp_path / "proof.md"
     page.write_text(f"{report.BEGIN}\n{report.END}\n")
     report.main(["--level", LEVEL.name, "--results", str(path), "--page", str(page)])

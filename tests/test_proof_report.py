@@ -30,6 +30,7 @@ from tests.proof_lines import (
     row_of,
     spec_of,
     write_lines,
+    write_runs,
 )
 
 
@@ -161,15 +162,11 @@ def test_the_papers_geometry_has_tables_of_what_has_ended(path: Path, tmp_path: 
     level = replace(LEVEL, name="wider", check_every=7)
     file = tmp_path / "wider.jsonl"
     arms = [spec_of(name) for name in SCORES if whole or name != "no compression"]
-    lines = [
-        {**line(arm, seed, SCORES[arm.name]), "key": Job(arm, seed).key(level)} for arm in arms for seed in SEEDS[:2]
-    ]
-    file.write_text("".join(json.dumps(one) + "\n" for one in lines))
-    stages_file(file).write_text(stages_file(path).read_text())
+    write_runs(file, level, arms, SEEDS[:2], path)
     wider = Results(file, level)
     page = report.written_part(Results(path, LEVEL), wider=wider)
     part = page.split("## At the paper's geometry\n\n")[1]
-    assert part.startswith(f"Level `wider`, seeds [0, 1], {len(lines)} lines; torch 0.0.\n\nIn the last steps ")
+    assert part.startswith(f"Level `wider`, seeds [0, 1], {2 * len(arms)} lines; torch 0.0.\n\nIn the last steps ")
     assert "the encoder named 98.0 % of" in part
     rows = [row for row in part.splitlines() if row.startswith("| ")]
     run = {arm.name for suite in SUITES.values() for arm in suite if arm.recipe() in [one.recipe() for one in arms]}
