@@ -15,13 +15,13 @@ from benchmarks.proof.levels import TINY, Level
 from benchmarks.proof.pages import task_groups, task_names
 from benchmarks.proof.runner import Job, arms_of, stages_file
 from benchmarks.proof.suites import (
+    INTERACTION_SALIENCIES,
     POOLED,
-    SALIENCIES,
     SUITES,
     TUNING_FACTORS,
     TUNING_SEED,
+    interaction_arm,
     rate_arms,
-    saliency_arms,
     searched_arms,
 )
 from benchmarks.proof.times import absorbed_name, times_file
@@ -30,12 +30,8 @@ LEVEL = replace(TINY, name="fixture")
 TASKS = task_names(LEVEL)
 GROUPS = task_groups(TASKS)
 RATES = [factor * LEVEL.arm.lr for factor in TUNING_FACTORS]
-BEST = {
-    "global": ("no saliency", RATES[0]),
-    "deformable": ("1 + sigmoid", RATES[2]),
-    "sela": ("sigmoid", RATES[1]),
-}
-"""The saliency and the rate that each interaction does best with."""
+BEST = {"global": RATES[0], "deformable": RATES[2], "sela": RATES[1]}
+"""The rate that each interaction does best with."""
 SEEDS = (0, 1)
 SEARCH_WINNER = "1/4: two query layers"
 SCORES = {"no compression": 0.9, "pooled 1/4": 0.4, "pooled 1/4 + VR": 0.85}
@@ -43,18 +39,12 @@ SCORES = {"no compression": 0.9, "pooled 1/4": 0.4, "pooled 1/4 + VR": 0.85}
 
 
 def tried() -> list[tuple[ArmSpec, float]]:
-    """What is tried for table 4b, each run once, with its validation accuracy."""
-    found: dict[str, tuple[ArmSpec, float]] = {}
-    for name, (saliency, best) in BEST.items():
-        arms = saliency_arms(name)
-        chosen = arms[list(SALIENCIES).index(saliency)]
-        at_rates = zip(rate_arms(chosen, LEVEL), RATES, strict=True)
-        runs = [(arm, 0.55 if arm == chosen else 0.5) for arm in arms]
-        runs += [(arm, 0.6 if rate == best else 0.52) for arm, rate in at_rates if arm != chosen]
-        if best == LEVEL.arm.lr:
-            runs = [(arm, 0.6 if arm == chosen else score) for arm, score in runs]
-        found |= {Job(arm, TUNING_SEED).key(LEVEL): (arm, score) for arm, score in runs}
-    return list(found.values())
+    """What is tried for table 4b, with its validation accuracy."""
+    return [
+        (arm, 0.6 if rate == best else 0.52)
+        for name, best in BEST.items()
+        for arm, rate in zip(rate_arms(interaction_arm(name), LEVEL), RATES, strict=True)
+    ]
 
 
 def line(arm: ArmSpec, seed: int, score: float) -> dict[str, Any]:
@@ -80,8 +70,11 @@ def line(arm: ArmSpec, seed: int, score: float) -> dict[str, Any]:
 
 def write_lines(tmp_path: Path) -> Path:
     """A file with every run of every suite, the tuning runs first, as the runner writes them."""
-    lines = [line(arm, TUNING_SEED, 0.7 if arm.name == SEARCH_WINNER else 0.6) for arm in searched_arms(4)]
-    lines += [line(arm, TUNING_SEED, score) for arm, score in tried()]
+    scores = [(arm, 0.5) for arm in INTERACTION_SALIENCIES]
+    scores += [(arm, 0.7 if arm.name == SEARCH_WINNER else 0.6) for arm in searched_arms(4)]
+    scores += tried()
+    # what two suites try is run once
+    lines = list({(one := line(arm, TUNING_SEED, score))["key"]: one for arm, score in scores}.values())
     file = tmp_path / "lines.jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in lines))
     reads = {side: {"1": 0.99, side: 0.9} for side in ("2", "3", "4")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,10 @@ from benchmarks.proof.runner import (
     read_lines,
     suite_arms,
     tuned_arms,
-    tuning_arms,
     validation_mean,
 )
-from benchmarks.proof.suites import INTERACTION_NAMES, REMEMBER, SALIENCIES, SUITES, TUNING_SEED, searched_arms
-from benchmarks.proof.tables import claim_rows, saliency_name, search_rows, suite_table, tuning_rows
+from benchmarks.proof.suites import INTERACTION_NAMES, SALIENCIES, SUITES, TUNING_SEED, boosted_arms, searched_arms
+from benchmarks.proof.tables import claim_rows, interaction_rows, search_rows, suite_table, tuning_rows
 from tests.proof_lines import (
     BEST,
     GROUPS,
@@ -46,17 +46,16 @@ def results(path: Path) -> Results:
     return Results(path, LEVEL)
 
 
-def test_each_interaction_takes_the_saliency_and_the_rate_that_validation_prefers(path: Path) -> None:
+def test_each_interaction_takes_the_rate_that_validation_prefers(path: Path) -> None:
     chosen = tuned_arms(LEVEL, path)
     assert chosen is not None
     assert [arm.name for arm in chosen] == [INTERACTION_NAMES[name] for name in BEST]
     by_name = dict(zip(BEST, chosen, strict=True))
     assert {name: arm.lr for name, arm in by_name.items()} == {"global": RATES[0], "deformable": RATES[2], "sela": None}
-    assert {name: saliency_name(arm) for name, arm in by_name.items()} == {name: best[0] for name, best in BEST.items()}
-    # the rate that every other table uses goes unsaid: this SELA is the arm of the others
-    assert by_name["sela"].recipe() == REMEMBER.recipe()
+    # the rate that every other table uses goes unsaid: this SELA is the arm of the search
+    assert by_name["sela"].recipe() == boosted_arms(4)[0].recipe()
     rows = suite_table(Results(path, LEVEL), "table4b")
-    said = [f"{INTERACTION_NAMES[name]} ({saliency}, rate {rate:g})" for name, (saliency, rate) in BEST.items()]
+    said = [f"{INTERACTION_NAMES[name]} (rate {rate:g})" for name, rate in BEST.items()]
     assert [cells(row)[0] for row in rows[2:]] == said
 
 
@@ -92,16 +91,17 @@ def test_the_group_that_judges_a_default_does_not_choose_it(path: Path) -> None:
     assert bad not in names
 
 
-def test_every_interaction_is_tuned_alike(path: Path) -> None:
-    """Each saliency at the level's rate, then the best of them at all rates; they differ in nothing else."""
+def test_every_interaction_is_tuned_alike() -> None:
+    """At the same rates, with the default's saliency; they differ in nothing else."""
+    arms = choice_arms(["table4b"], LEVEL)
+    assert len(arms) == len(BEST) * len(RATES)
     for name in BEST:
-        arms = tuning_arms(name, LEVEL, path)
-        assert [saliency_name(arm) for arm in arms[:3]] == list(SALIENCIES)
+        own = [arm for arm in arms if arm.overrides.get("interaction", "sela") == name]
         # the level's own rate goes unsaid
-        assert [arm.lr for arm in arms] == [None, None, None, *(rate for rate in RATES if rate != LEVEL.arm.lr)]
-        assert {saliency_name(arm) for arm in arms[3:]} == {BEST[name][0]}
-        fields = {json.dumps({k: v for k, v in arm.overrides.items() if "saliency" not in k}) for arm in arms}
-        assert fields == {json.dumps({} if name == "sela" else {"interaction": name})}
+        assert [arm.lr or LEVEL.arm.lr for arm in own] == RATES
+        for arm in own:
+            overrides = {field: value for field, value in arm.overrides.items() if field != "interaction"}
+            assert replace(arm, name="", lr=None, overrides=overrides) == replace(boosted_arms(4)[0], name="")
 
 
 def test_nothing_is_chosen_before_all_has_been_tried(path: Path) -> None:
@@ -110,7 +110,7 @@ def test_nothing_is_chosen_before_all_has_been_tried(path: Path) -> None:
         key = Job(missing, TUNING_SEED).key(LEVEL)
         path.write_text("".join(json.dumps(one) + "\n" for one in lines if one["key"] != key))
         assert tuned_arms(LEVEL, path) is None
-        assert key in {Job(arm, TUNING_SEED).key(LEVEL) for arm in choice_arms(["table4b"], LEVEL, path)}
+        assert key in {Job(arm, TUNING_SEED).key(LEVEL) for arm in choice_arms(["table4b"], LEVEL)}
 
 
 def test_choices_look_at_the_last_validation_accuracies(path: Path) -> None:
@@ -127,7 +127,8 @@ def test_a_file_that_lacks_choices_of_table_4b_is_reported_without_it(path: Path
     kept = [one for one in read_lines(path) if one["key"] in keys]
     path.write_text("".join(json.dumps(one) + "\n" for one in kept))
     results = Results(path, LEVEL)
-    assert len(suite_table(results, "table4b")) == len(tuning_rows(results)) == 2
+    assert len(suite_table(results, "table4b")) == 2
+    assert len(tuning_rows(results)) == 2 + len(tried()[:known]) // len(RATES)  # of those that have been tried whole
     assert len(suite_table(results, "table5a")) == 2 + len(SUITES["table5a"])
     rows = claim_rows(results)
     row_of(rows, "Pooling loses detail")
@@ -136,13 +137,14 @@ def test_a_file_that_lacks_choices_of_table_4b_is_reported_without_it(path: Path
 
 
 def test_what_was_tried_is_shown(results: Results) -> None:
-    rows = tuning_rows(results)
-    assert cells(rows[0])[1:] == [*SALIENCIES, *(f"rate {rate:g}" for rate in RATES)]
-    assert len(rows) == 2 + len(BEST)
-    for row, (saliency, best) in zip(rows[2:], BEST.values(), strict=True):
-        assert all("lines.jsonl#L" in cell for cell in cells(row)[1:])
+    for rows, columns in (
+        (tuning_rows(results), [f"rate {rate:g}" for rate in RATES]),
+        (interaction_rows(results), list(SALIENCIES)),
+    ):
+        assert cells(rows[0])[1:] == columns
+        assert [cells(row)[0] for row in rows[2:]] == [INTERACTION_NAMES[name] for name in BEST]
+        assert all("lines.jsonl#L" in cell for row in rows[2:] for cell in cells(row)[1:])
+    for row, best in zip(tuning_rows(results)[2:], BEST.values(), strict=True):
         values = [float(cell.split("]")[0].strip("[")) for cell in cells(row)[1:]]
-        with_each, at_each = values[:3], values[3:]
-        assert max(with_each) == with_each[list(SALIENCIES).index(saliency)] == at_each[RATES.index(LEVEL.arm.lr)]
-        assert max(at_each) == at_each[RATES.index(best)]
-        assert max(at_each) - min(values) == pytest.approx(10, abs=1)
+        assert max(values) == values[RATES.index(best)]
+        assert max(values) - min(values) == pytest.approx(8, abs=1)

@@ -1,4 +1,4 @@
-"""A run of the proof that is terminated leaves no process behind."""
+"""The processes of the proof: what they start with, and that none is left behind."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+
+from benchmarks.proof.workers import LARGE_PAGES, TUNABLES, workers
 
 ENDLESS = """
 import sys
@@ -47,6 +51,17 @@ def test_a_run_that_is_terminated_leaves_no_process_behind(tmp_path: Path) -> No
         if lives(run.pid):
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
+
+
+def test_processes_take_large_pages_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for own, expected in ((None, LARGE_PAGES), ("glibc.malloc.check=0", "glibc.malloc.check=0")):
+        if own is None:
+            monkeypatch.delenv(TUNABLES, raising=False)
+        else:
+            monkeypatch.setenv(TUNABLES, own)
+        with workers(1) as pool:
+            assert pool.submit(os.getenv, TUNABLES).result() == expected
+        assert os.environ.get(TUNABLES) == own
 
 
 def lives(group: int) -> bool:

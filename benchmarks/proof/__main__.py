@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .levels import LEVELS
 from .runner import run_suites
-from .suites import RATIOS, SUITES
+from .suites import PAPER_SUITES, RATIOS, SUITES
 
 RESULTS = Path("benchmarks/results")
 CACHE = Path("build/proof")
@@ -17,7 +17,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Reads the command line and runs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.proof", description=__doc__)
     parser.add_argument(
-        "--suite", choices=[*SUITES, "all"], nargs="+", default=["all"], help="tables of the paper (all)"
+        "--suite",
+        choices=[*SUITES, "all"],
+        nargs="+",
+        default=list(PAPER_SUITES),
+        help="what is run (default: the paper's tables and their controls)",
     )
     parser.add_argument("--seeds", type=int, default=2, help="how many, from 0 (default: %(default)s)")
     parser.add_argument(

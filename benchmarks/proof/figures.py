@@ -57,7 +57,7 @@ def pareto_figure(results: Results) -> Figure:
             if shown:
                 place = HIGHLIGHTED[name]
                 axes.annotate(name, (x, y.value), xytext=place, textcoords="offset points", fontsize=8)
-        lines, tasks = results.by_arm["no compression"], results.tasks(DETAIL)
+        lines, tasks = results.pruned(), results.tasks(DETAIL)
         for name in list(lines[0]["pruned"])[1:] if lines and tasks else ():
             found = [line["pruned"][name] for line in lines]
             x = results.time(name, "forward")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ class Results:
     """The lines of a results file, by arm.
 
     Args:
-        path: The file. Suites that it lacks have no lines; table 4b has no arms before all its choices are made.
+        path: The file. Suites that it lacks have no lines; table 4b has no arms before all its choices are made. Of two
+            lines of one run the later counts: it was made again to say more.
         level: Its level.
 
     Raises:
@@ -33,16 +34,17 @@ class Results:
 
     def __init__(self, path: Path, level: Level) -> None:
         self.path, self.level = path, level
-        self.lines = read_lines(path)
-        if not self.lines:
+        lines = read_lines(path)
+        if not lines:
             raise ValueError(f"{path} has no lines: no run has ended yet")
         times = times_file(path)
         self.times: dict[str, Any] = json.loads(times.read_text(encoding="utf-8"))["times"] if times.exists() else {}
         self.stages: dict[str, Any] = json.loads(stages_file(path).read_text(encoding="utf-8"))
-        self.number = {line["key"]: number for number, line in enumerate(self.lines, 1)}
+        self.number = {line["key"]: number for number, line in enumerate(lines, 1)}
+        self._known = {line["key"]: line for line in lines}
+        self.lines = list(self._known.values())
         self.by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.seeds = sorted({line["seed"] for line in self.lines if line["seed"] < TUNING_SEED})
-        self._known = {line["key"]: line for line in self.lines}
         self.suites: dict[str, list[ArmSpec]] = {name: suite_arms(name, level, path) for name in SUITES}
         for arm in (arm for arms in self.suites.values() for arm in arms):
             if arm.name not in self.by_arm:
@@ -60,6 +62,10 @@ class Results:
     def tried(self, arm: ArmSpec) -> dict[str, Any] | None:
         """The arm's line of the seed that choices are made with."""
         return self._known.get(Job(arm, TUNING_SEED).key(self.level))
+
+    def pruned(self) -> list[dict[str, Any]]:
+        """The lines of the arm without compression on which pruners were tried."""
+        return [line for line in self.by_arm["no compression"] if "pruned" in line]
 
     def tasks(self, which: str | None = None) -> list[str]:
         """The tasks of a group, a task alone, or all."""
@@ -89,7 +95,11 @@ class Results:
 
     def links(self, arm: str) -> str:
         """Links to the arm's lines."""
-        return ", ".join(self.link(line, str(line["seed"])) for line in self.by_arm[arm])
+        return self.links_to(self.by_arm[arm])
+
+    def links_to(self, lines: Iterable[Mapping[str, Any]]) -> str:
+        """Links to lines, by their seeds."""
+        return ", ".join(self.link(line, str(line["seed"])) for line in lines)
 
     def link(self, line: Mapping[str, Any], text: str) -> str:
         """A link to a line."""

@@ -15,7 +15,7 @@ from vision_remember.adapters import PrunerHandle
 
 from .arms import Arm
 from .prompts import prompts
-from .train import EVALUATION_BATCH, World
+from .train import World
 
 QUESTIONS = 2
 """Questions of each page that a pruner is asked: it chooses for one question at a time, so none can share a page."""
@@ -109,8 +109,7 @@ def asked_alone(arm: Arm, world: World) -> dict[str, float]:
     data, device = world.test, world.level.device
     right, asked = torch.zeros(len(world.tasks)), torch.zeros(len(world.tasks))
     for question in range(QUESTIONS):
-        for start in range(0, len(data.pages), EVALUATION_BATCH):
-            pages = torch.arange(start, min(start + EVALUATION_BATCH, len(data.pages)))
+        for pages in torch.arange(len(data.pages)).split(world.level.arm.batch):
             pages = pages[(data.pages.streams.branch[pages] == question).any(1)]
             if not len(pages):
                 continue

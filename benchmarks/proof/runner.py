@@ -30,14 +30,15 @@ from .prepare import Workshop, prepare, settle, stage
 from .rivals import pruned
 from .suites import (
     INTERACTION_NAMES,
+    INTERACTION_SALIENCIES,
     RATIOS,
     SEARCHED,
     SEARCHED_RATIOS,
     SUITES,
     TUNING_SEED,
     distinct,
+    interaction_arm,
     rate_arms,
-    saliency_arms,
     searched_arms,
 )
 from .train import World, run
@@ -51,10 +52,12 @@ class Job:
     Attributes:
         spec: The arm.
         seed: Draws its new weights and the order of its pages.
+        pruners: Whether pruners are tried on it when it is trained, which takes as long again.
     """
 
     spec: ArmSpec
     seed: int
+    pruners: bool = False
 
     def key(self, level: Level) -> str:
         """What names the run in the results: equal recipes have equal keys, whatever their tables call them.
@@ -64,6 +67,10 @@ class Job:
         used = asdict(replace(level, decoders=level.decoders_until(self.spec.cells)))
         known = {"arm": self.spec.recipe(), "seed": self.seed, "level": used}
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
+
+    def ended(self, line: Mapping[str, Any] | None) -> bool:
+        """Whether the run's line, if there is one, says all that is asked for."""
+        return line is not None and (not self.pruners or "pruned" in line)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -121,8 +128,14 @@ def run_suites(
 
             def run_arms(arms: Iterable[ArmSpec], seeds: Sequence[int]) -> None:
                 read = [arm for arm in arms if arm.cells in sides and reads_tokens(arm, reads, level)]
+                read.sort(key=lambda arm: arm.ratio)  # the longest first, so that no process waits long for the last
                 # Seed after seed, so that a run that is stopped has whole seeds.
-                _run_jobs([Job(arm, seed) for seed in seeds for arm in read], level, folder, results, pool)
+                wanted = [
+                    Job(arm, seed, pruners="rivals" in names and arm.projector is None)
+                    for seed in seeds
+                    for arm in read
+                ]
+                _run_jobs(wanted, level, folder, results, pool)
 
             arms = [arm for arm in arms_of(names, level, results) if arm.cells in sides]
             unread = {(arm.cells, arm.token_cells) for arm in arms if not reads_tokens(arm, reads, level)}
@@ -132,8 +145,7 @@ def run_suites(
                     f"arms with tokens of {cells} x {cells} cells are left out: the decoder reads {accuracy:.1%} of "
                     f"new look-ups, not {least:.0%}"
                 )
-            for _ in range(2):  # rates are tried with the saliency that did best
-                run_arms(choice_arms(names, level, results), [TUNING_SEED])
+            run_arms(choice_arms(names, level), [TUNING_SEED])
             run_arms(arms_of(names, level, results), seeds)
 
         prepare(level, folder, sides[0], pool)
@@ -158,14 +170,11 @@ def reads_tokens(arm: ArmSpec, reads: Mapping[str, Mapping[str, float]], level: 
     return reads[str(arm.cells)][str(arm.token_cells)] >= level.reads_enough
 
 
-def choice_arms(names: Iterable[str], level: Level, results: Path) -> list[ArmSpec]:
-    """The distinct arms that some suites try with `TUNING_SEED` before they choose some of their own.
-
-    As far as it is known which: the best saliency of an interaction is known when all have been tried.
-    """
+def choice_arms(names: Iterable[str], level: Level) -> list[ArmSpec]:
+    """The distinct arms that some suites try with `TUNING_SEED` before they choose some of their own."""
     tried = {
-        "table4b": [arm for name in INTERACTION_NAMES for arm in tuning_arms(name, level, results)],
-        "search": SEARCHED,
+        "table4b": [arm for name in INTERACTION_NAMES for arm in rate_arms(interaction_arm(name), level)],
+        "search": [*SEARCHED, *INTERACTION_SALIENCIES],
     }
     return distinct([arm for name in names for arm in tried.get(name, ())])
 
@@ -217,19 +226,6 @@ def chosen_arms(level: Level, results: Path) -> list[ArmSpec]:
     return distinct(arms)
 
 
-def tuning_arms(name: str, level: Level, results: Path) -> list[ArmSpec]:
-    """What an interaction is tried with, the same for each: every saliency at the level's rate, the best at others."""
-    saliencies = saliency_arms(name)
-    best = _best_tried(saliencies, level, results)
-    return distinct([*saliencies, *([] if best is None else rate_arms(best, level))])
-
-
-def _best_tried(arms: Sequence[ArmSpec], level: Level, results: Path) -> ArmSpec | None:
-    """What did best on the validation pages; None before all of them have been tried."""
-    runs = _tried(arms, level, results)
-    return max(runs, key=lambda run: validation_mean(run[1]))[0] if runs else None
-
-
 def _tried(arms: Sequence[ArmSpec], level: Level, results: Path) -> list[tuple[ArmSpec, dict[str, Any]]]:
     """Arms with their lines of `TUNING_SEED`; empty before all of them have been tried."""
     lines = {line["key"]: line for line in read_lines(results)}
@@ -239,13 +235,13 @@ def _tried(arms: Sequence[ArmSpec], level: Level, results: Path) -> list[tuple[A
 
 
 def tuned_arms(level: Level, results: Path) -> list[ArmSpec] | None:
-    """Table 4b's arms, each with the saliency and then the rate that did best; None before all have been tried."""
+    """Table 4b's arms, each at the rate that did best on the validation pages; None before all have been tried."""
     arms = []
     for name, title in INTERACTION_NAMES.items():
-        best = _best_tried(saliency_arms(name), level, results)
-        best = best and _best_tried(rate_arms(best, level), level, results)
-        if best is None:
+        runs = _tried(rate_arms(interaction_arm(name), level), level, results)
+        if not runs:
             return None
+        best, _ = max(runs, key=lambda run: validation_mean(run[1]))
         arms.append(replace(best, name=title))
     return arms
 
@@ -263,8 +259,8 @@ def choosing_mean(line: Mapping[str, Any]) -> float:
 
 def _run_jobs(wanted: Sequence[Job], level: Level, folder: Path, results: Path, pool: Executor) -> None:
     drop_cut_line(results)
-    done = {line["key"] for line in read_lines(results)}
-    left = [job for job in wanted if job.key(level) not in done]
+    lines = {line["key"]: line for line in read_lines(results)}
+    left = [job for job in wanted if not job.ended(lines.get(job.key(level)))]
     failed: dict[str, BaseException] = {}
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(left), desc="runs", dynamic_ncols=True)
     with bar, results.open("a", encoding="utf-8") as file:
@@ -299,7 +295,7 @@ def run_job(job: Job, level: Level, folder: Path) -> dict[str, Any]:
     settle(level)
     world = _world(level, folder, job.spec.cells)
     arm, found = run(job.spec, job.seed, world, _silent(level.arm.steps))
-    if job.spec.projector is None:
+    if job.pruners:
         found["pruned"] = pruned(arm, world)
     if job.spec.recipe() in [shown.recipe() for shown in SUITES["table5a"]]:  # whose insides the figures show
         found["inside"] = look_inside(arm, world)

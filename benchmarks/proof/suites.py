@@ -35,6 +35,7 @@ SALIENCIES: dict[str, dict[str, Any]] = {
 }
 """The paper's, a factor in (0, 1), what became the default, and none. Arms of which no table says anything else have
 the paper's."""
+DEFAULT_SALIENCY = "1 + sigmoid"
 
 POOLED = ArmSpec("pooled")
 REMEMBER = ArmSpec("pooled + VR", layers=PAPER_LAYERS, overrides=PAPER_FACTOR)
@@ -55,13 +56,10 @@ def remember(ratio: int) -> ArmSpec:
     return replace(REMEMBER, name=f"pooled 1/{ratio} + VR", ratio=ratio)
 
 
-def saliency_arms(interaction: str) -> list[ArmSpec]:
-    """Vision Remember with another interaction and each saliency, everything else as in the default preset."""
+def interaction_arm(interaction: str, saliency: str = DEFAULT_SALIENCY) -> ArmSpec:
+    """Vision Remember with an interaction and one of `SALIENCIES`, everything else as in the default preset."""
     named = {} if interaction == "sela" else {"interaction": interaction}
-    return [
-        changed(f"{INTERACTION_NAMES[interaction]}, {name}", **saliency, **named)
-        for name, saliency in SALIENCIES.items()
-    ]
+    return changed(f"{INTERACTION_NAMES[interaction]}, {saliency}", **SALIENCIES[saliency], **named)
 
 
 def rate_arms(arm: ArmSpec, level: Level) -> list[ArmSpec]:
@@ -211,11 +209,15 @@ def _patience() -> list[ArmSpec]:
     ]
 
 
+PAPER_SUITES = ("table2", "table4a", "table4b", "table4c", "table5a", "controls")
+"""The paper's tables, and the controls that they lack."""
+INTERACTION_SALIENCIES = [interaction_arm(name, saliency) for name in INTERACTION_NAMES for saliency in SALIENCIES]
+"""What the search tries besides: which saliency does best with which interaction."""
 SEARCHED = [arm for ratio in SEARCHED_RATIOS for arm in searched_arms(ratio)]
 SUITES = {
     "table2": _table2(),
     "table4a": _table4a(),
-    "table4b": [arm for name in INTERACTION_NAMES for arm in saliency_arms(name)],
+    "table4b": [interaction_arm(name) for name in INTERACTION_NAMES],
     "table4c": _table4c(),
     "table5a": _table5a(),
     "controls": _controls(),
@@ -224,8 +226,8 @@ SUITES = {
     "patience": _patience(),
     "search": [*_table5a(), *(arm for ratio in RATIOS for arm in boosted_arms(ratio))],
 }
-"""Arms by suite. Of table 4b each interaction is run with the saliency and the rate that did best on the validation
-pages; to those of "search" come the arms that did best there."""
+"""Arms by suite. Of table 4b each interaction is run with the rate that did best on the validation pages; to those of
+"search" come the arms that did best there."""
 
 
 def distinct(arms: Sequence[ArmSpec]) -> list[ArmSpec]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.paper_tables import GROUPS, TABLE_2, TABLE_4, TABLE_5A, group_averages
@@ -14,7 +14,7 @@ from .markdown import markdown
 from .results import Results
 from .runner import choosing_mean, validation_mean
 from .statistics import compared, mean_of, recovered
-from .suites import INTERACTION_NAMES, RATIOS, SALIENCIES, SEARCHED, TUNING_FACTORS, rate_arms, saliency_arms
+from .suites import INTERACTION_NAMES, RATIOS, SALIENCIES, SEARCHED, TUNING_FACTORS, interaction_arm, rate_arms
 
 _PAPER_4 = {
     "baseline (average pool)": ("4a", "baseline"),
@@ -53,7 +53,7 @@ def suite_table(results: Results, suite: str) -> list[str]:
             continue
         name = arm.name
         if suite == "table4b":
-            name += f" ({saliency_name(arm)}, rate {arm.lr or results.level.arm.lr:g})"
+            name += f" (rate {arm.lr or results.level.arm.lr:g})"
         groups = [str(results.mean(arm.name, group)) if results.tasks(group) else "–" for group in GROUPS]
         added = f"{lines[0]['parameters']['blocks']:,}"
         rows.append([name, str(lines[0]["tokens"]), added, _ratio(results.time(arm.name, "prefill")), *groups,
@@ -163,7 +163,7 @@ def pruned_rows(results: Results) -> list[str]:
     """The pruners on the arm that was trained without compression, question by question; beside them trained arms."""
     header = ["pruner", "tokens, mean over layers", "forward pass, to pooled 1/4", *GROUPS, "mean", "lines"]
     rows = []
-    lines = results.by_arm["no compression"]
+    lines = results.pruned()
     for name in lines[0]["pruned"] if lines else ():
         found = [line["pruned"][name] for line in lines]
         tokens = [one["tokens"] for one in found if "tokens" in one]
@@ -174,7 +174,7 @@ def pruned_rows(results: Results) -> list[str]:
             _ratio(results.time("no compression" if name == "none" else name, "forward")),
             *groups,
             _pruned_mean(found, list(found[0]["test"])),
-            results.links("no compression"),
+            results.links_to(lines),
         ])  # fmt: skip
     return markdown(header, rows)
 
@@ -196,18 +196,21 @@ def stage_rows(results: Results) -> list[str]:
 
 
 def tuning_rows(results: Results) -> list[str]:
-    """Validation accuracy of each interaction with each saliency, and of the best of them at each learning rate."""
+    """Validation accuracy of each interaction at each learning rate, by which one was chosen."""
     rates = [f"rate {factor * results.level.arm.lr:g}" for factor in TUNING_FACTORS]
-    header, rows = ["interaction", *SALIENCIES, *rates], []
-    for chosen in results.suites["table4b"]:
-        name = next(name for name, title in INTERACTION_NAMES.items() if title == chosen.name)
-        arms = [*saliency_arms(name), *rate_arms(chosen, results.level)]
-        lines = filter(None, map(results.tried, arms))
-        rows.append([chosen.name, *(results.link(line, f"{100 * validation_mean(line):.1f}") for line in lines)])
-    return markdown(header, rows)
+    return _tried_rows(results, rates, lambda name: rate_arms(interaction_arm(name), results.level))
 
 
-def saliency_name(arm: ArmSpec) -> str:
-    """Which of `SALIENCIES` an arm has."""
-    own = {field: value for field, value in arm.overrides.items() if field.startswith("saliency")}
-    return next(name for name, saliency in SALIENCIES.items() if saliency == own)
+def interaction_rows(results: Results) -> list[str]:
+    """Validation accuracy of each interaction with each saliency, at the rate of the other tables."""
+    return _tried_rows(results, list(SALIENCIES), lambda name: [interaction_arm(name, each) for each in SALIENCIES])
+
+
+def _tried_rows(results: Results, columns: Sequence[str], arms_of: Callable[[str], Sequence[ArmSpec]]) -> list[str]:
+    """A row for every interaction of which all arms have been tried."""
+    rows = []
+    for name, title in INTERACTION_NAMES.items():
+        lines = [results.tried(arm) for arm in arms_of(name)]
+        if all(lines):
+            rows.append([title, *(results.link(line, f"{100 * validation_mean(line):.1f}") for line in lines if line)])
+    return markdown(["interaction", *columns], rows)

@@ -21,8 +21,6 @@ from .model import answer_logits, products
 from .pages import Pages
 from .words import Streams, Words
 
-EVALUATION_BATCH = 64
-
 
 @dataclass(frozen=True)
 class Set:
@@ -74,8 +72,7 @@ def evaluate(arm: Arm, data: Set, level: Level, tasks: Sequence[str]) -> dict[st
     """
     arm.model.eval()
     right, asked = torch.zeros(len(tasks)), torch.zeros(len(tasks))
-    for start in range(0, len(data.pages), EVALUATION_BATCH):
-        index = torch.arange(start, min(start + EVALUATION_BATCH, len(data.pages)))
+    for index in torch.arange(len(data.pages)).split(level.arm.batch):
         logits, truth, streams = arm_logits(arm, data, index, level.device, level.half)
         wrong_words = (logits.argmax(-1) != truth).cpu()
         page, position = (streams.target >= 0).nonzero(as_tuple=True)
