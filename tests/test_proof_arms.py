@@ -17,14 +17,14 @@ from benchmarks.proof.model import TokenPlaces, build_model
 from benchmarks.proof.pages import VALIDATION_FROM, build_pages, build_words, task_names
 from benchmarks.proof.prompts import prompts
 from benchmarks.proof.rivals import RIVALS, asked_alone, pruned, windows_as_masks
-from benchmarks.proof.suites import SEARCHED, SUITES, distinct
+from benchmarks.proof.suites import INTERACTION_SALIENCIES, SEARCHED, SUITES, distinct
 from benchmarks.proof.times import absorbed, measure
 from benchmarks.proof.train import Set, World, arm_logits, evaluate, run
 from benchmarks.proof.words import IGNORE, Streams
 from examples.demo.schedule import Recipe, optimise
 
 LEVEL = replace(TINY, tasks=("attribute", "characters"), test_pages=2)
-ARMS = distinct([arm for arms in [*SUITES.values(), SEARCHED] for arm in arms])
+ARMS = distinct([arm for arms in [*SUITES.values(), SEARCHED, INTERACTION_SALIENCIES] for arm in arms])
 
 
 def world_of(level: Level, pages: int) -> World:

@@ -19,6 +19,8 @@ from .train import World
 
 QUESTIONS = 2
 """Questions of each page that a pruner is asked: it chooses for one question at a time, so none can share a page."""
+BATCH = 64
+"""Pages at a time. The tokens that a pruner leaves are counted on the last of them."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def asked_alone(arm: Arm, world: World) -> dict[str, float]:
     data, device = world.test, world.level.device
     right, asked = torch.zeros(len(world.tasks)), torch.zeros(len(world.tasks))
     for question in range(QUESTIONS):
-        for pages in torch.arange(len(data.pages)).split(world.level.arm.batch):
+        for pages in torch.arange(len(data.pages)).split(BATCH):
             pages = pages[(data.pages.streams.branch[pages] == question).any(1)]
             if not len(pages):
                 continue

@@ -24,7 +24,7 @@ from .prepare import Workshop, settle
 from .prompts import prompts
 from .rivals import RIVALS, pruning
 from .runner import versions
-from .suites import POOLED, SEARCHED, SUITES, distinct
+from .suites import INTERACTION_SALIENCIES, POOLED, SEARCHED, SUITES, distinct
 from .train import Set, World, arm_logits
 from .words import Streams
 
@@ -101,7 +101,7 @@ def absorbed(spec: ArmSpec) -> ArmSpec:
 def _timed(world: World) -> list[ArmSpec]:
     specs = [POOLED, *(arm for arms in SUITES.values() for arm in arms)]
     absorbing = [arm for arm in (*SUITES["search"], *SEARCHED) if arm.layers]
-    specs += [*SEARCHED, *map(absorbed, absorbing)]
+    specs += [*SEARCHED, *INTERACTION_SALIENCIES, *map(absorbed, absorbing)]
     return [spec for spec in distinct(specs) if spec.cells in world.pretrained]
 
 
