@@ -12,7 +12,7 @@ from typing import Any
 from .arms import ArmSpec
 from .levels import Level
 from .pages import task_groups, task_names
-from .runner import Job, read_lines, stages_file, suite_arms
+from .runner import Job, by_key, read_lines, stages_file, suite_arms
 from .statistics import Mean, mean_of
 from .suites import SUITES, TUNING_SEED
 from .times import absorbed_name, times_file
@@ -24,8 +24,7 @@ class Results:
     """The lines of a results file, by arm.
 
     Args:
-        path: The file. Suites that it lacks have no lines; table 4b has no arms before all its choices are made. Of two
-            lines of one run the later counts: it was made again to say more.
+        path: The file. Suites that it lacks have no lines; table 4b has no arms before all its choices are made.
         level: Its level.
 
     Raises:
@@ -41,7 +40,7 @@ class Results:
         self.times: dict[str, Any] = json.loads(times.read_text(encoding="utf-8"))["times"] if times.exists() else {}
         self.stages: dict[str, Any] = json.loads(stages_file(path).read_text(encoding="utf-8"))
         self.number = {line["key"]: number for number, line in enumerate(lines, 1)}
-        self._known = {line["key"]: line for line in lines}
+        self._known = by_key(lines)
         self.lines = list(self._known.values())
         self.by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.seeds = sorted({line["seed"] for line in self.lines if line["seed"] < TUNING_SEED})

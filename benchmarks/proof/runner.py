@@ -81,6 +81,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
+def by_key(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Lines by the key of their run; of two of one run the later counts, which was made again to say more."""
+    return {line["key"]: line for line in lines}
+
+
 def drop_cut_line(path: Path) -> None:
     """Takes a last line that was cut off in the middle out of a results file, which is about to grow."""
     if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
@@ -228,7 +233,7 @@ def chosen_arms(level: Level, results: Path) -> list[ArmSpec]:
 
 def _tried(arms: Sequence[ArmSpec], level: Level, results: Path) -> list[tuple[ArmSpec, dict[str, Any]]]:
     """Arms with their lines of `TUNING_SEED`; empty before all of them have been tried."""
-    lines = {line["key"]: line for line in read_lines(results)}
+    lines = by_key(read_lines(results))
     runs = [(arm, lines.get(Job(arm, TUNING_SEED).key(level))) for arm in arms]
     known = [(arm, line) for arm, line in runs if line is not None]
     return known if len(known) == len(runs) else []
@@ -259,7 +264,7 @@ def choosing_mean(line: Mapping[str, Any]) -> float:
 
 def _run_jobs(wanted: Sequence[Job], level: Level, folder: Path, results: Path, pool: Executor) -> None:
     drop_cut_line(results)
-    lines = {line["key"]: line for line in read_lines(results)}
+    lines = by_key(read_lines(results))
     left = [job for job in wanted if not job.ended(lines.get(job.key(level)))]
     failed: dict[str, BaseException] = {}
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(left), desc="runs", dynamic_ncols=True)
